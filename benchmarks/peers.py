@@ -1,0 +1,328 @@
+"""The two peers of `train_vs_peers.py`: how each is built, trained within a budget, and asked.
+
+Both learn at the same scale as ours, from every image of the train split, and keep what their own
+toolkit gives: torchvision its model and losses; Ultralytics its trainer's data, augmentation,
+losses, optimizer, clipping and weight averaging.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from pycocotools.coco import COCO
+
+SCALE = 1.5
+MAX_DETECTIONS = 500
+THREADS = 2
+SEED = 0
+CONFIDENCE = 0.01
+Predict = Callable[[np.ndarray], Any]
+
+
+@dataclass
+class Budget:
+    """Processor seconds a training may spend, counted from its creation over all threads."""
+
+    cpu_seconds: float
+    log_file: Path
+    started_cpu: float = field(default_factory=time.process_time)
+    started_wall: float = field(default_factory=time.perf_counter)
+
+    def fraction(self) -> float:
+        """Return the spent fraction of the budget; above 1 once it is overdrawn."""
+        return (time.process_time() - self.started_cpu) / self.cpu_seconds
+
+    def rate_factor(self, warmup: float = 0.05) -> float:
+        """Return the learning-rate factor in [0, 1]: linear warm-up, then cosine to zero."""
+        spent = min(self.fraction(), 1.0)
+        if spent < warmup:
+            return spent / warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (spent - warmup) / (1.0 - warmup)))
+
+    def check(self, step: int, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the sum of the losses, which must be finite; log every tenth step as JSON."""
+        total = torch.stack([value.sum() for value in losses.values()]).sum()
+        if not torch.isfinite(total):
+            raise RuntimeError(f"expected a finite loss, got {total} at step {step}")
+        if step % 10 == 0:
+            values = {name: round(value.sum().item(), 4) for name, value in losses.items()}
+            row = {"step": step, "spent": round(self.fraction(), 4), **values}
+            with self.log_file.open("a" if step else "w") as stream:
+                print(json.dumps(row), file=stream)
+        return total
+
+    def summary(self, *, images_seen: int, epoch_size: int, steps: int) -> dict[str, Any]:
+        """Return what the training spent and saw, as plain JSON types."""
+        return {
+            "cpu_seconds": round(time.process_time() - self.started_cpu, 1),
+            "wall_seconds": round(time.perf_counter() - self.started_wall, 1),
+            "images_seen": images_seen,
+            "epochs": round(images_seen / epoch_size, 2),
+            "steps": steps,
+        }
+
+
+def load_split(data_dir: Path, split: str) -> COCO:
+    """Load the annotations of a split of a COCO folder quietly."""
+    with contextlib.redirect_stdout(None):
+        return COCO(str(data_dir / "annotations" / f"{split}.json"))
+
+
+def read_rgb(data_dir: Path, info: dict[str, Any]) -> np.ndarray:
+    """Read an image of the folder as uint8 (H, W, 3) RGB."""
+    with Image.open(data_dir / "images" / info["file_name"]) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_masks(coco: COCO, image_id: int) -> np.ndarray:
+    """Decode the masks of an image to uint8 (N, H, W)."""
+    info = coco.imgs[image_id]
+    masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
+    return np.stack(masks) if masks else np.zeros((0, info["height"], info["width"]), np.uint8)
+
+
+# A crop of 171 pixels is 256 for the network and holds about 11 nuclei. Torchvision's default of
+# 512 sampled boxes per image, up to 128 of them with masks, would leave less than half the steps.
+CROP = 171
+MASKRCNN = {
+    "batch_size": 4,
+    "crop": CROP,
+    "optimizer": "AdamW",
+    "learning_rate": 3e-4,
+    "weight_decay": 1e-4,
+    "gradient_clip": 10.0,
+    "box_batch_size_per_image": 64,
+}
+
+
+def build_maskrcnn() -> torch.nn.Module:
+    """Build Mask R-CNN with random weights, for which torchvision takes trainable BatchNorm."""
+    sizes = ((16,), (32,), (64,), (128,), (256,))
+    return torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        num_classes=2,
+        rpn_anchor_generator=torchvision.models.detection.anchor_utils.AnchorGenerator(
+            sizes, ((0.5, 1.0, 2.0),) * len(sizes)
+        ),
+        min_size=round(CROP * SCALE),
+        max_size=4096,
+        box_batch_size_per_image=MASKRCNN["box_batch_size_per_image"],
+        box_detections_per_img=MAX_DETECTIONS,
+    )
+
+
+def random_crop(data_dir: Path, coco: COCO, image_id: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Cut a random square, flipped and turned by quarters at random: image (3, S, S) in [0, 1]."""
+    image = read_rgb(data_dir, coco.imgs[image_id])
+    masks = read_masks(coco, image_id)
+    top = random.randint(0, max(0, image.shape[0] - CROP))
+    left = random.randint(0, max(0, image.shape[1] - CROP))
+    window = (slice(top, top + CROP), slice(left, left + CROP))
+    turns, mirrored = random.randrange(4), random.random() < 0.5
+    image = np.rot90(image[window], turns)
+    masks = np.rot90(masks[:, *window], turns, axes=(1, 2))
+    if mirrored:
+        image, masks = image[:, ::-1], masks[:, :, ::-1]
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
+    mask_tensor = torch.from_numpy(np.ascontiguousarray(masks[masks.sum((1, 2)) >= 8]))
+    boxes = torchvision.ops.masks_to_boxes(mask_tensor) if len(mask_tensor) else torch.zeros(0, 4)
+    boxes[:, 2:] += 1
+    labels = torch.ones(len(boxes), dtype=torch.int64)
+    return pixels, {"boxes": boxes, "labels": labels, "masks": mask_tensor}
+
+
+def train_maskrcnn(model: torch.nn.Module, data_dir: Path, *, budget: Budget) -> dict[str, Any]:
+    """Train on random crops until the budget is spent; return what was spent and seen."""
+    coco = load_split(data_dir, "train")
+    image_ids = sorted(coco.imgs)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=MASKRCNN["weight_decay"])
+    queue: list[int] = []
+    step = 0
+    while budget.fraction() < 1:
+        if len(queue) < MASKRCNN["batch_size"]:
+            queue += random.sample(image_ids, len(image_ids))
+        batch_ids = [queue.pop(0) for _ in range(MASKRCNN["batch_size"])]
+        batch = [random_crop(data_dir, coco, image_id) for image_id in batch_ids]
+        for group in optimizer.param_groups:
+            group["lr"] = MASKRCNN["learning_rate"] * budget.rate_factor()
+        losses = model([image for image, _ in batch], [target for _, target in batch])
+        optimizer.zero_grad()
+        budget.check(step, losses).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MASKRCNN["gradient_clip"])
+        optimizer.step()
+        step += 1
+    seen = step * MASKRCNN["batch_size"]
+    return budget.summary(images_seen=seen, epoch_size=len(image_ids), steps=step)
+
+
+def load_maskrcnn(work_dir: Path, confidence: float) -> Predict:
+    """Return a function from a uint8 RGB image to scores, boxes_xyxy and masks bool (N, H, W)."""
+    model = build_maskrcnn().eval()
+    model.load_state_dict(torch.load(work_dir / "maskrcnn.pt", weights_only=True))
+    model.roi_heads.score_thresh = confidence
+
+    @torch.inference_mode()
+    def predict(image: np.ndarray) -> tuple[np.ndarray, ...]:
+        model.transform.min_size = (round(min(image.shape[:2]) * SCALE),)
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+        output = model([pixels])[0]
+        masks = output["masks"][:, 0] >= 0.5
+        return output["scores"].numpy(), output["boxes"].numpy(), masks.numpy()
+
+    return predict
+
+
+# Larger images are cut into tiles, because a square of 384 would shrink them. The default nominal
+# batch size of 64 would add up 8 batches for a step: too few steps here. "auto" is AdamW at 0.002.
+TILE = 256
+YOLO = {
+    "batch": 8,
+    "nbs": 8,
+    "imgsz": round(TILE * SCALE),
+    "optimizer": "auto",
+    "flipud": 0.5,
+    "mosaic_until": 0.8,
+}
+
+
+def tile_starts(length: int) -> list[int]:
+    """Return the starts of evenly spread tiles, with gaps of at most 32 of `length` pixels."""
+    count = math.ceil(length / (TILE + 32))
+    return [round(start) for start in np.linspace(0, max(0, length - TILE), count)]
+
+
+def outline(mask: np.ndarray, cv2: Any) -> np.ndarray | None:
+    """Return the outline of the largest part of a mask as (K, 2) x, y in [0, 1], or None."""
+    large = cv2.resize(mask, None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    largest = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 1.5, True)[:, 0]
+    if len(largest) < 3:
+        return None
+    return (largest + 0.5) / (large.shape[1], large.shape[0])
+
+
+def write_yolo_split(data_dir: Path, split: str, target: Path) -> None:
+    """Write the tiles of a split and their polygons as a YOLO segmentation folder."""
+    cv2 = importlib.import_module("cv2")
+    coco = load_split(data_dir, split)
+    for kind in ("images", "labels"):
+        (target / kind / split).mkdir(parents=True, exist_ok=True)
+    for image_id, info in coco.imgs.items():
+        image, masks = read_rgb(data_dir, info), read_masks(coco, image_id)
+        for top in tile_starts(info["height"]):
+            for left in tile_starts(info["width"]):
+                window = (slice(top, top + TILE), slice(left, left + TILE))
+                name = f"{Path(info['file_name']).stem}_{top}_{left}"
+                Image.fromarray(image[window]).save(target / "images" / split / f"{name}.png")
+                parts = [part for part in masks[:, *window] if part.sum() >= 8]
+                outlines = [outline(np.ascontiguousarray(part), cv2) for part in parts]
+                lines = [
+                    " ".join(["0", *(f"{value:.5f}" for value in points.ravel())])
+                    for points in outlines
+                    if points is not None
+                ]
+                (target / "labels" / split / f"{name}.txt").write_text("\n".join(lines))
+
+
+def quiet_ultralytics(work_dir: Path) -> None:
+    """Keep Ultralytics from the network and its settings in the work folder, before its import."""
+    os.environ |= {
+        "YOLO_OFFLINE": "true",
+        "YOLO_AUTOINSTALL": "false",
+        "YOLO_CONFIG_DIR": str(work_dir / "ultralytics"),
+    }
+    (work_dir / "ultralytics").mkdir(parents=True, exist_ok=True)
+    importlib.import_module("ultralytics").settings.update({"sync": False})
+
+
+def prepare_yolo(arguments: argparse.Namespace) -> Any:
+    """Convert the data once and return Ultralytics' own trainer, set up but not run."""
+    dataset = arguments.work_dir / "yolo-data"
+    if not (dataset / "data.yaml").exists():
+        write_yolo_split(arguments.data, "train", dataset)
+        # Ultralytics wants a validation set; it is never looked at here.
+        names = "names: {0: nucleus}\ntrain: images/train\nval: images/train\n"
+        (dataset / "data.yaml").write_text(f"path: {dataset}\n{names}")
+    segment = importlib.import_module("ultralytics.models.yolo.segment")
+    own = {name: YOLO[name] for name in ("batch", "nbs", "imgsz", "optimizer", "flipud")}
+    quiet = {"amp": False, "plots": False, "val": False, "deterministic": False, "verbose": False}
+    trainer = segment.SegmentationTrainer(
+        overrides={
+            "model": "yolo11n-seg.yaml",
+            "data": str(dataset / "data.yaml"),
+            "epochs": 10,
+            "device": "cpu",
+            "workers": 0,
+            "cache": "ram",
+            "pretrained": False,
+            "project": str(arguments.work_dir),
+            "name": "yolo-run",
+            "exist_ok": True,
+            "seed": SEED,
+            **own,
+            **quiet,
+        }
+    )
+    trainer._setup_train()
+    return trainer
+
+
+def train_yolo(trainer: Any, *, budget: Budget) -> dict[str, Any]:
+    """Train with Ultralytics' data, loss, optimizer and averaging under the processor budget."""
+    torch.set_num_threads(THREADS)
+    trainer._model_train()
+    seen = step = 0
+    mosaic = True
+    while budget.fraction() < 1:
+        for batch in trainer.train_loader:
+            if mosaic and budget.fraction() > YOLO["mosaic_until"]:
+                mosaic = False
+                trainer._close_dataloader_mosaic()
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * budget.rate_factor()
+            total, parts = trainer.model(trainer.preprocess_batch(batch))
+            budget.check(step, parts)
+            total.sum().backward()
+            trainer.optimizer_step()
+            step += 1
+            seen += len(batch["img"])
+            if budget.fraction() >= 1:
+                break
+    epoch_size = len(trainer.train_loader.dataset)
+    return budget.summary(images_seen=seen, epoch_size=epoch_size, steps=step)
+
+
+def load_yolo(work_dir: Path, confidence: float) -> Predict:
+    """Return a function from a uint8 RGB image to scores, boxes_xyxy and masks bool (N, H, W)."""
+    model = importlib.import_module("ultralytics").YOLO(str(work_dir / "yolo.pt"))
+
+    def predict(image: np.ndarray) -> tuple[np.ndarray, ...]:
+        result = model.predict(
+            np.ascontiguousarray(image[:, :, ::-1]),
+            imgsz=math.ceil(max(image.shape[:2]) * SCALE / 32) * 32,
+            conf=confidence,
+            max_det=MAX_DETECTIONS,
+            retina_masks=True,
+            device="cpu",
+            verbose=False,
+        )[0]
+        if result.masks is None:
+            return np.zeros(0), np.zeros((0, 4)), np.zeros((0, *image.shape[:2]), bool)
+        masks = result.masks.data.numpy().astype(bool)
+        return result.boxes.conf.numpy(), result.boxes.xyxy.numpy(), masks
+
+    return predict

@@ -1,0 +1,39 @@
+"""The one place of late loading: what is public, and where it lives, as strings.
+
+`import vovnet` and `vovnet --help` stay fast because torch and the rest load on first use only.
+"""
+
+import importlib
+
+ATTRIBUTES = {
+    "Classification": "vovnet.results:Classification",
+    "DeployGraph": "vovnet.models.deploy:DeployGraph",
+    "Detections": "vovnet.results:Detections",
+    "Predictor": "vovnet.predict:Predictor",
+    "Preprocess": "vovnet.preprocess:Preprocess",
+    "create_model": "vovnet.models.zoo:create_model",
+    "draw_detections": "vovnet.drawing:draw_detections",
+    "evaluate_coco": "vovnet.evaluation:evaluate_coco",
+    "list_models": "vovnet.models.zoo:list_models",
+    "load_coco": "vovnet.data.coco:load_coco",
+    "read_image": "vovnet.images:read_image",
+}
+"""Public name of the package to "module:attribute"."""
+
+COMMANDS = {
+    "check": "vovnet.cli.check:check",
+    "models": "vovnet.cli.models:models",
+    "predict": "vovnet.cli.predict:predict",
+    "train": "vovnet.cli.train:train",
+    "val": "vovnet.cli.val:val",
+}
+"""Verb of the command line to "module:function"."""
+
+
+def load(target: str) -> object:
+    """Import the module of a "module:attribute" string and return the attribute.
+
+    Raises ImportError or AttributeError when there is no such module or attribute.
+    """
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

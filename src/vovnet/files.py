@@ -1,0 +1,108 @@
+"""Files that are either whole or not there: atomic writes, and numbered run folders."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from .errors import ConfigError
+
+MAX_RUN_NAME_LENGTH = 100
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place when the block ends well.
+
+    The temporary file exists, is empty and has the suffix of `path`. At the end it is written
+    through to the disk and renamed over `path` in one step. When the block raises, the temporary
+    file is removed and `path` keeps its old content. A process that is killed leaves `path` old
+    or new, never half, and perhaps a hidden temporary file.
+
+    Raises OSError when the folder does not exist or cannot be written.
+    """
+    temporary = _create_beside(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with the line ends it has; see `atomic_path`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data`; see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_json(path: Path, value: object, *, indent: int | None = 2) -> None:
+    """Write `value` as standard JSON with a final line end; see `atomic_path`.
+
+    `indent=None` gives the compact form for large lists. Raises ValueError for NaN and infinity,
+    which JSON does not have, and TypeError for values that are not plain; nothing is written.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def new_run_dir(root: Path, name: str) -> Path:
+    """Create and return `root/name-N` with the lowest N from 1 that is free.
+
+    Two processes that ask at the same time get different folders. `root` is created when
+    missing. Raises ConfigError when `name` cannot be part of a folder's name.
+    """
+    _check_run_name(name)
+    root.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        candidate = root / f"{name}-{number}"
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def _check_run_name(name: str) -> None:
+    allowed = name.isprintable() and not set(name) & set('/\\:*?"<>|')
+    if not allowed or not 1 <= len(name) <= MAX_RUN_NAME_LENGTH or name.startswith("."):
+        raise ConfigError(
+            f"run name: expected 1 to {MAX_RUN_NAME_LENGTH} printable characters, no leading dot "
+            f'and none of / \\ : * ? " < > |, got {name!r}'
+        )
+
+
+def _create_beside(path: Path) -> Path:
+    # Not tempfile: its files are private (0600) and would stay so after the rename.
+    temporary = path.parent / f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix}"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

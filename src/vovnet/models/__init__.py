@@ -1,0 +1,1 @@
+"""Networks: tensors in, tensors out; they know torch and torchvision.ops and nothing of files."""

@@ -1,0 +1,187 @@
+"""Every model by its name: VoVNet classifiers and backbones, and detectors built on them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from vovnet.errors import ConfigError
+from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, MaskIoUHead
+from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
+from vovnet.models.fpn import FPN
+from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
+from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, load_tensors, read_weights
+
+Task = Literal["classify", "detect", "segment"]
+
+DETECTORS: dict[str, FCOSConfig] = {
+    "fcos": FCOSConfig(),
+    "fcos_lite": FCOSConfig(neck_channels=128, tower_convs=2),
+    "centermask": CenterMaskConfig(),
+    "centermask_lite": CenterMaskConfig(
+        neck_channels=128, tower_convs=2, mask_convs=2, mask_channels=128
+    ),
+}
+_STAGES_3_TO_5 = (2, 3, 4)
+
+
+def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
+    """Names that match a shell pattern, of one task or of all."""
+    detectors = [f"{kind}_{backbone}" for kind in DETECTORS for backbone in VARIANTS]
+    return [
+        name
+        for name in [*VARIANTS, *detectors]
+        if fnmatch(name, pattern) and task in (None, task_of(name))
+    ]
+
+
+def task_of(name: str) -> Task:
+    """What a model of this name does; raises ConfigError on an unknown name."""
+    kind, _ = split_name(name)
+    if kind is None:
+        return "classify"
+    return "segment" if isinstance(DETECTORS[kind], CenterMaskConfig) else "detect"
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """Detector (None for a classifier) and backbone of a name; raises ConfigError on an unknown one."""
+    if name in VARIANTS:
+        return None, name
+    for kind in DETECTORS:
+        if name.startswith(f"{kind}_") and name.removeprefix(f"{kind}_") in VARIANTS:
+            return kind, name.removeprefix(f"{kind}_")
+    known = list_models()
+    near = get_close_matches(name, known, n=3) or known[:3]
+    raise ConfigError(f"model: expected a known name, such as {', '.join(near)}; got {name!r}")
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    checkpoint_path: str | Path | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    overrides: Mapping[str, object] | None = None,
+) -> nn.Module:
+    """A model by name, with random weights unless pretrained or checkpoint_path says otherwise.
+
+    Args:
+        name: one of list_models().
+        pretrained: published ImageNet weights; for a detector, those of its backbone.
+        num_classes: 1000 for classifiers, 80 for detectors when None; 0 leaves the classifier out.
+        in_chans: channels of the input images.
+        features_only: a backbone that returns the list of feature maps at out_indices.
+        out_indices: of the five maps with strides 2, 4, 8, 16, 32 (all when None).
+        checkpoint_path: .safetensors or .pth whose keys are this model's.
+        drop_rate: of the classifier's input.
+        drop_path_rate: of the last block's residual branch (stochastic depth).
+        overrides: settings of the network's config by name, a detector's (thresholds, widths) or the
+            backbone's (norm and the rest of VoVNetConfig).
+
+    Raises:
+        ConfigError: on an unknown name or setting, or weights that do not fit.
+    """
+    kind, backbone_name = split_name(name)
+    backbone_config, settings = _apply_overrides(VARIANTS[backbone_name], dict(overrides or {}))
+    if kind is not None:
+        if features_only or out_indices is not None:
+            raise ConfigError(f"features_only: expected a backbone, got the detector {name}")
+        model = _build_detector(
+            DETECTORS[kind], settings, backbone_config, num_classes, in_chans, drop_path_rate
+        )
+        loaded_backbone: nn.Module = model.backbone  # type: ignore[assignment]
+    else:
+        _refuse_unknown(settings, fields(VoVNetConfig))
+        if features_only:
+            model = VoVNetFeatures(
+                backbone_config,
+                out_indices=out_indices,
+                in_chans=in_chans,
+                drop_path_rate=drop_path_rate,
+            )
+        else:
+            model = VoVNet(
+                backbone_config,
+                num_classes=1000 if num_classes is None else num_classes,
+                in_chans=in_chans,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+            )
+        loaded_backbone = model
+    if pretrained:
+        _load_published(loaded_backbone, backbone_name)
+    if checkpoint_path is not None:
+        path = Path(checkpoint_path)
+        load_tensors(model, read_weights(path), where=str(path))
+    return model
+
+
+def _load_published(backbone: nn.Module, name: str) -> None:
+    tensors = fetch_published(name)
+    where = PUBLISHED[name].hub_repository
+    if isinstance(backbone, VoVNet) and backbone.num_classes == 1000:
+        load_tensors(backbone, tensors, where=where)
+    else:
+        load_backbone(backbone, tensors, where=where)
+
+
+def _apply_overrides(
+    config: VoVNetConfig, overrides: dict[str, object]
+) -> tuple[VoVNetConfig, dict[str, object]]:
+    """The backbone's config with its own settings applied, and the settings that are not its own."""
+    names = {field.name for field in fields(config)}
+    own: dict[str, Any] = {key: value for key, value in overrides.items() if key in names}
+    return replace(config, **own), {k: v for k, v in overrides.items() if k not in names}
+
+
+def _refuse_unknown(settings: Mapping[str, object], known: Sequence[Any]) -> None:
+    names = [field.name for field in known]
+    for key in settings:
+        if key not in names:
+            near = ", ".join(get_close_matches(key, names, n=3) or names)
+            raise ConfigError(f"model settings: expected one of {near}, got {key!r}")
+
+
+def _build_detector(
+    config: FCOSConfig,
+    settings: dict[str, Any],
+    backbone_config: VoVNetConfig,
+    num_classes: int | None,
+    in_chans: int,
+    drop_path_rate: float,
+) -> nn.Module:
+    _refuse_unknown(settings, fields(config))
+    if num_classes is not None:
+        settings = settings | {"num_classes": num_classes}
+    config = replace(config, **settings)
+    backbone = VoVNetFeatures(
+        backbone_config,
+        out_indices=_STAGES_3_TO_5,
+        in_chans=in_chans,
+        drop_path_rate=drop_path_rate,
+    )
+    neck = FPN(backbone.feature_info.channels(), out_channels=config.neck_channels)
+    head = FCOSHead(config.neck_channels, config.num_classes, tower_convs=config.tower_convs)
+    fcos = FCOS(backbone, neck, head, config)
+    if not isinstance(config, CenterMaskConfig):
+        return fcos
+    mask_head = MaskHead(
+        config.neck_channels, config.mask_channels, config.num_classes, convs=config.mask_convs
+    )
+    mask_iou_head = MaskIoUHead(
+        config.neck_channels,
+        config.mask_channels,
+        config.num_classes,
+        convs=config.mask_convs,
+        width=config.mask_iou_width,
+    )
+    return CenterMask(fcos, mask_head, mask_iou_head, config)

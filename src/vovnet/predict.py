@@ -1,0 +1,269 @@
+"""From a picture or a path to detections: the same steps that training's evaluation runs."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vovnet.errors import ConfigError
+from vovnet.images import read_image
+from vovnet.model_folder import load_config, load_tensors, resolve_model
+from vovnet.models.deploy import DeployGraph
+from vovnet.models.weights import load_tensors as load_into
+from vovnet.models.zoo import create_model
+from vovnet.preprocess import Preprocess
+from vovnet.results import Detections, MaskCrop
+
+Pixels = NDArray[np.uint8]
+ScoreThreshold = float | Mapping[str, float]
+
+
+class Predictor:
+    """A detector with its preprocess and class names.
+
+    score_threshold hides detections below it: one number, or one per class name (classes not named
+    keep the detector's own threshold).
+    """
+
+    def __init__(
+        self,
+        graph: DeployGraph,
+        preprocess: Preprocess,
+        class_names: tuple[str, ...],
+        *,
+        category_ids: tuple[int, ...] | None = None,
+        device: str | torch.device = "cpu",
+        score_threshold: ScoreThreshold | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.graph = graph.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.preprocess = preprocess
+        self.class_names = class_names
+        self.category_ids = category_ids or tuple(range(1, len(class_names) + 1))
+        self.thresholds = _class_thresholds(score_threshold, class_names)  # (C,)
+
+    @classmethod
+    def load(
+        cls,
+        folder_or_name: str | Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        score_threshold: ScoreThreshold | None = None,
+        max_detections: int | None = None,
+    ) -> Self:
+        """A predictor from a model folder or a bundled model's name.
+
+        threads sets torch's CPU threads for the process. score_threshold None takes the model's own,
+        chosen on its validation split. Raises ConfigError where the folder is not complete and right.
+        """
+        folder = resolve_model(folder_or_name)
+        config = load_config(folder)
+        if config.task == "classify":
+            raise ConfigError(f"{folder}: expected a detector or segmenter, found a classifier")
+        model = build_model(folder, max_detections=max_detections)
+        preprocess = Preprocess.from_dict(config.preprocess)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(
+            DeployGraph(model, mean=preprocess.mean, std=preprocess.std).eval(),
+            preprocess,
+            tuple(config.class_names),
+            category_ids=tuple(config.category_ids),
+            device=device,
+            score_threshold=(
+                config.score_threshold if score_threshold is None else score_threshold
+            ),
+        )
+
+    @overload
+    def __call__(self, source: Pixels | str | Path) -> Detections: ...
+    @overload
+    def __call__(self, source: Sequence[Pixels | str | Path]) -> list[Detections]: ...
+    def __call__(
+        self, source: Pixels | str | Path | Sequence[Pixels | str | Path]
+    ) -> Detections | list[Detections]:
+        """Detections of a picture (H, W, 3) uint8 RGB or of a file; a list in gives a list out.
+
+        Raises ImageError on a file that cannot be read.
+        """
+        if isinstance(source, Sequence) and not isinstance(source, str):
+            return [self(one) for one in source]
+        image = source if isinstance(source, np.ndarray) else read_image(Path(source))
+        resized = self.preprocess.resize(image)
+        raw = self.infer(*self.preprocess.batch([resized]))
+        return self.postprocess(
+            raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2]
+        )
+
+    def infer(self, images: Pixels, sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The network alone: a batch from Preprocess.batch to DeployGraph's outputs."""
+        with torch.inference_mode():
+            raw = self.graph(
+                torch.from_numpy(images).to(self.device), torch.from_numpy(sizes).to(self.device)
+            )
+        return {name: value.cpu().numpy() for name, value in raw.items()}
+
+    def postprocess(
+        self,
+        raw: Mapping[str, NDArray[Any]],
+        index: int,
+        *,
+        image_size: tuple[int, ...],
+        resized_size: tuple[int, ...],
+    ) -> Detections:
+        """Row `index` of infer's outputs as detections in pixels of the original picture.
+
+        Sizes are (height, width). Boxes are clipped to the picture; empty ones are dropped.
+        """
+        height, width = int(image_size[0]), int(image_size[1])
+        factor = np.array([width / resized_size[1], height / resized_size[0]] * 2, np.float32)
+        boxes = raw["boxes"][index].astype(np.float32) * factor
+        clipped = boxes.clip(0, np.array([width, height] * 2, np.float32))
+        labels = raw["labels"][index]
+        shown = (
+            raw["valid"][index]
+            & (raw["scores"][index] >= self.thresholds[labels])
+            & (clipped[:, 2] > clipped[:, 0])
+            & (clipped[:, 3] > clipped[:, 1])
+        )
+        masks = mask_scores = None
+        if "mask_probs" in raw:
+            masks = tuple(
+                paste_mask(probabilities, box, height, width)
+                for probabilities, box in zip(
+                    raw["mask_probs"][index][shown], boxes[shown], strict=True
+                )
+            )
+            mask_scores = raw["mask_scores"][index][shown].astype(np.float32).clip(0, 1)
+        return Detections(
+            boxes_xyxy=clipped[shown],
+            scores=raw["scores"][index][shown].astype(np.float32),
+            labels=labels[shown].astype(np.int64),
+            image_size=(height, width),
+            class_names=self.class_names,
+            masks=masks,
+            mask_scores=mask_scores,
+        )
+
+    def tiled(self, image: Pixels, *, tile: int = 1024, overlap: int = 128) -> Detections:
+        """Detections of a large picture (H, W, 3) uint8 RGB, looked at in overlapping square tiles.
+
+        tile and overlap in pixels. An object cut by an inner tile border is taken from the
+        neighbour that holds it whole; what two tiles found is kept once. Raises ValueError unless
+        0 <= overlap < tile.
+        """
+        if not 0 <= overlap < tile:
+            raise ValueError(f"tiles: expected 0 <= overlap < tile, got {overlap} and {tile}")
+        height, width = image.shape[:2]
+        parts = []
+        tops, lefts = (_tile_starts(side, tile, overlap) for side in (height, width))
+        for top, left in product(tops, lefts):
+            pixels = np.ascontiguousarray(image[top : top + tile, left : left + tile])
+            found = self(pixels)
+            whole = ~_cut_by_tile(found, top, left, (height, width), overlap)
+            parts.append(found[whole].moved(left, top, (height, width)))
+        return _merge_tiles(Detections.concatenate(parts))
+
+
+def build_model(folder: Path, *, max_detections: int | None = None) -> torch.nn.Module:
+    """The network of a model folder with its weights, as float32; raises ConfigError."""
+    config = load_config(folder)
+    arguments = dict(config.model_args)
+    overrides = dict(arguments.pop("overrides", None) or {})  # type: ignore[call-overload]
+    if max_detections is not None:
+        overrides["max_detections"] = max_detections
+    num_classes = arguments.pop("num_classes", None)
+    if arguments or num_classes != len(config.class_names):
+        raise ConfigError(
+            f"{folder}: model_args: expected num_classes {len(config.class_names)} (one per class "
+            f"name) and overrides, found num_classes {num_classes} and {sorted(arguments)}"
+        )
+    model = create_model(config.architecture, num_classes=num_classes, overrides=overrides)
+    tensors = {name: torch.from_numpy(value) for name, value in load_tensors(folder).items()}
+    load_into(model, tensors, where=str(folder))
+    return model.eval()
+
+
+def paste_mask(
+    probabilities: NDArray[np.float32], box_xyxy: NDArray[np.float32], height: int, width: int
+) -> MaskCrop:
+    """The pixels of a mask predicted inside a box: bilinear between cell centres, cut at one half.
+
+    probabilities (28, 28); box in image pixels, not clipped; the crop lies inside height x width.
+    """
+    x0, y0, x1, y1 = (float(v) for v in box_xyxy)
+    left, right = _pixel_range(x0, x1, width)
+    top, bottom = _pixel_range(y0, y1, height)
+    rows = _bilinear_weights(top, bottom, y0, y1, probabilities.shape[0])
+    columns = _bilinear_weights(left, right, x0, x1, probabilities.shape[1])
+    return MaskCrop(x=left, y=top, pixels=rows @ probabilities @ columns.T >= 0.5)
+
+
+def _pixel_range(low: float, high: float, limit: int) -> tuple[int, int]:
+    start = min(max(int(np.floor(low)), 0), limit - 1)
+    return start, max(min(int(np.ceil(high)), limit), start + 1)
+
+
+def _bilinear_weights(
+    start: int, stop: int, low: float, high: float, cells: int
+) -> NDArray[np.float32]:
+    """(stop - start, cells): how much each cell counts at each pixel centre; nothing lies outside."""
+    centres = np.arange(start, stop, dtype=np.float32) + 0.5
+    position = (centres - low) / max(high - low, 1e-6) * cells - 0.5
+    distance = np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
+    return np.maximum(1 - distance, 0).astype(np.float32)
+
+
+def _class_thresholds(
+    threshold: ScoreThreshold | None, class_names: tuple[str, ...]
+) -> NDArray[np.float32]:
+    if threshold is None:
+        return np.zeros(len(class_names), np.float32)
+    if not isinstance(threshold, Mapping):
+        return np.full(len(class_names), threshold, np.float32)
+    unknown = sorted(set(threshold) - set(class_names))
+    if unknown:
+        raise ConfigError(
+            f"score thresholds: expected class names of the model ({', '.join(class_names[:20])}), "
+            f"got {', '.join(unknown)}"
+        )
+    return np.array([threshold.get(name, 0.0) for name in class_names], np.float32)
+
+
+def _tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    if side <= tile:
+        return [0]
+    starts = list(range(0, side - tile, tile - overlap))
+    return [*starts, side - tile]
+
+
+def _cut_by_tile(
+    found: Detections, top: int, left: int, image_size: tuple[int, int], overlap: int
+) -> NDArray[np.bool_]:
+    """Which detections an inner border of their tile cuts, though a neighbour can hold them whole."""
+    height, width = found.image_size
+    x0, y0, x1, y1 = found.boxes_xyxy.T
+    cut: NDArray[np.bool_] = ((x0 < 1) & (left > 0)) | ((y0 < 1) & (top > 0))
+    cut |= (x1 > width - 1) & (left + width < image_size[1])
+    cut |= (y1 > height - 1) & (top + height < image_size[0])
+    return cut & (x1 - x0 < overlap) & (y1 - y0 < overlap)
+
+
+def _merge_tiles(found: Detections) -> Detections:
+    """Keeps the best of detections of one class of which one covers most of the other."""
+    kept: list[int] = []
+    boxes = found.boxes_xyxy
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    for index in np.argsort(-found.scores, kind="stable").tolist():
+        same = [k for k in kept if found.labels[k] == found.labels[index]]
+        low = np.maximum(boxes[same, :2], boxes[index, :2])
+        high = np.minimum(boxes[same, 2:], boxes[index, 2:])
+        shared = (high - low).clip(min=0).prod(axis=1)
+        if not (shared > 0.6 * np.minimum(areas[same], areas[index])).any():
+            kept.append(index)
+    return found[np.array(sorted(kept), dtype=np.int64)]

@@ -1,0 +1,1 @@
+"""What an image costs: operations, parameters, time and energy."""

@@ -1,0 +1,97 @@
+"""What a training's settings stand for: data, preprocess, augmentation, the network, the device."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vovnet.data.coco import DetectionData, find_split, has_masks, load_coco
+from vovnet.errors import ConfigError, DataError
+from vovnet.evaluation import IouType
+from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
+from vovnet.models.zoo import create_model, split_name, task_of
+from vovnet.preprocess import Preprocess
+from vovnet.training.config import TrainConfig
+
+
+def load_splits(
+    config: TrainConfig, *, skip_bad: bool
+) -> tuple[DetectionData, DetectionData, list[str]]:
+    """The data to train and to evaluate on, and what was left out under `skip_bad`, one line each.
+
+    Raises DataError naming what is bad, on an empty split, and on splits of different classes.
+    """
+    assert config.data is not None
+    loaded: list[DetectionData] = []
+    skipped: list[str] = []
+    for split in (config.train_split, config.val_split):
+        annotation_file, image_dir = find_split(Path(config.data), split)
+        data = load_coco(annotation_file, image_dir)
+        if not data.images:
+            raise DataError(f"{annotation_file}: expected at least one usable image, found none")
+        loaded.append(data)
+    train, val = loaded
+    if train.class_names != val.class_names:
+        raise DataError(
+            f"{val.annotation_file}: expected the classes of {train.annotation_file}, "
+            f"{', '.join(train.class_names)}; found {', '.join(val.class_names)}"
+        )
+    return train, val, skipped
+
+
+def build_preprocess(config: TrainConfig) -> Preprocess:
+    """The evaluation's preprocess; mean and std of published backbone weights unless stated."""
+    values: dict[str, object] = Preprocess().to_dict()
+    _, backbone = split_name(config.model)
+    if config.backbone_weights == "hub" and backbone in PUBLISHED:
+        published = PUBLISHED[backbone]
+        values["mean"] = [round(255 * value, 3) for value in published.mean]
+        values["std"] = [round(255 * value, 3) for value in published.std]
+    return Preprocess.from_dict(values | config.preprocess)
+
+
+def build_detector(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The detector, its weights random but those of the backbone where the config names some."""
+    overrides = model_overrides(config)
+    if task_of(config.model) == "classify":
+        raise ConfigError(f"model: expected a detector or segmenter, found {config.model!r}")
+    if overrides.get("norm") == "frozen_bn" and config.backbone_weights is None:
+        raise ConfigError(
+            "model_overrides.norm: expected bn or gn for a backbone without loaded weights "
+            "(--backbone-weights), found 'frozen_bn'"
+        )
+    detector = create_model(config.model, num_classes=num_classes, overrides=overrides)
+    if config.backbone_weights is not None:
+        _, backbone = split_name(config.model)
+        if config.backbone_weights == "hub":
+            tensors = fetch_published(backbone)
+        else:
+            tensors = read_weights(Path(config.backbone_weights))
+        module: nn.Module = detector.get_submodule("backbone")
+        load_backbone(module, tensors, where=f"backbone_weights {config.backbone_weights}")
+    return detector
+
+
+def model_overrides(config: TrainConfig) -> dict[str, Any]:
+    """What the model's settings are, beside the number of classes."""
+    return {"max_detections": config.max_detections} | config.model_overrides
+
+
+def iou_types_of(config: TrainConfig, data: DetectionData) -> tuple[IouType, ...]:
+    """The overlaps that can be evaluated: of masks too where the model and the data have them."""
+    with_masks = task_of(config.model) == "segment" and has_masks(data)
+    return ("bbox", "segm") if with_masks else ("bbox",)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, the first GPU for `auto` where there is one; raises ConfigError."""
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
+    return device

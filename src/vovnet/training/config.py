@@ -1,0 +1,229 @@
+"""The settings of one training: command-line flags over an optional YAML file over a recipe."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vovnet import _lazy
+from vovnet.errors import ConfigError
+
+DEFAULT_EPOCHS = 50.0
+MAX_YAML_BYTES = 1_000_000
+_RECIPES = Path(__file__).parent.parent / "recipes"
+# Of each pair one is set; a layer that sets one replaces whichever a lower layer has set.
+_EXCLUSIVE = (
+    ("epochs", "max_minutes"),
+    ("eval_every_epochs", "eval_every_minutes"),
+    ("warmup_fraction", "warmup_steps"),
+)
+_NESTED = ("model_overrides", "preprocess", "augment")
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a training, each value checked once here.
+
+    The number of classes is not a setting: it comes from the data.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field("centermask_lite_ese_vovnet19b_slim", description="a name of list_models()")
+    model_overrides: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the model that differ from its own defaults"
+    )
+    backbone_weights: str | None = Field(
+        None, description="weights to start the backbone from: a file, or 'hub'; none: random"
+    )
+    data: str | None = Field(None, description="folder of the data set")
+    train_split: str = Field("train", description="name of the split to train on")
+    val_split: str = Field("val", description="name of the split to evaluate on")
+    preprocess: dict[str, Any] = Field(
+        default_factory=dict, description="fields of Preprocess that differ from its defaults"
+    )
+    augment: dict[str, Any] = Field(
+        default_factory=dict, description="fields of TrainPreset that differ from its defaults"
+    )
+
+    batch_size: int = Field(8, ge=1, description="images in a step")
+    epochs: float | None = Field(None, gt=0, description="length in passes over the train split")
+    max_minutes: float | None = Field(
+        None, gt=0, description="length in minutes of wall time, evaluations included"
+    )
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer")
+    learning_rate: float = Field(0.01, gt=0, description="its highest value, after the warm-up")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
+    weight_decay: float = Field(1e-4, ge=0, description="of all weights but norms and biases")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="share of the training with a rising learning rate"
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="the same in steps; needed for a warm-up of a fixed length"
+    )
+    clip_norm: float | None = Field(10.0, gt=0, description="largest norm of all gradients")
+    ema_decay: float = Field(0.998, ge=0, lt=1, description="of the averaged weights, per step")
+
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the network; auto: bf16 where the hardware computes in it"
+    )
+    channels_last: bool = Field(True, description="store feature maps as NHWC")
+    device: str = Field(
+        "auto", description="cpu, cuda, cuda:N, or auto: the GPU where there is one"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="threads of torch on the CPU; none: its own"
+    )
+    workers: int = Field(2, ge=0, description="processes that load images; 0: in the main process")
+    seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
+
+    eval_every_epochs: int | None = Field(None, ge=1, description="epochs between evaluations")
+    eval_every_minutes: float | None = Field(None, gt=0, description="minutes between evaluations")
+    max_detections: int = Field(
+        100, ge=1, description="largest number of objects found in an image, and AP's limit"
+    )
+    log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
+    checkpoint_every_minutes: float = Field(5.0, ge=0, description="minutes between checkpoints")
+    export_half: bool = Field(False, description="store the model's weights in 16 bits")
+    licence: str = Field("not stated", description="of the trained weights, for the model's card")
+    name: str | None = Field(None, description="of the run folder; none: the model's name")
+    runs_dir: str = Field("runs/train", description="folder in which the run folder is made")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_pairs(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {"epochs": DEFAULT_EPOCHS, "eval_every_epochs": 1, "warmup_fraction": 0.02}
+        for first, second in _EXCLUSIVE:
+            if values.get(first) is None and values.get(second) is None:
+                values = {**values, first: defaults[first]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        for first, second in _EXCLUSIVE:
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"expected one of {first} and {second}, found both")
+        return self
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the library, sorted."""
+    return sorted(path.stem for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_config(
+    recipe: str | None, yaml_path: Path | None, flags: Mapping[str, object]
+) -> TrainConfig:
+    """Merge flags over the YAML file over the recipe; flags that are None count as not given.
+
+    Settings that are themselves mappings (model_overrides, preprocess, augment) merge key by key.
+    Raises ConfigError naming what was expected and found.
+    """
+    merged: dict[str, Any] = _recipe_layer(recipe) if recipe is not None else {}
+    if yaml_path is not None:
+        merged = _merge(merged, _yaml_layer(yaml_path), str(yaml_path))
+    given = {key: value for key, value in flags.items() if value is not None}
+    merged = _merge(merged, given, "the command line")
+    if merged.get("data") is None:
+        raise ConfigError("data: expected the folder of a data set (--data DIR), found nothing")
+    return _validate(merged)
+
+
+def resume_config(run_dir: Path, flags: Mapping[str, object]) -> TrainConfig:
+    """The settings saved in a run folder (or beside a checkpoint in it), under the given flags."""
+    folder = run_dir if run_dir.is_dir() else run_dir.parent
+    return load_config(None, folder / "config.yaml", flags)
+
+
+def parse_config(values: Mapping[str, Any], *, where: str) -> TrainConfig:
+    """The settings in a plain mapping; raises ConfigError naming `where`."""
+    return _validate(_merge({}, values, where))
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """Every setting with its value, as YAML that load_config reads back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return text
+
+
+def closest(name: str, known: list[str]) -> str:
+    """A hint naming the known word most like `name`, or all of them when none is."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(known)}"
+
+
+def _recipe_layer(recipe: str) -> dict[str, Any]:
+    names = list_recipes()
+    if recipe not in names:
+        raise ConfigError(
+            f"recipe: expected a recipe of the library, found {recipe!r}; {closest(recipe, names)}"
+        )
+    make_config = cast(Callable[[], object], _lazy.load(f"vovnet.recipes.{recipe}:config"))
+    config = make_config()
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"recipe {recipe}: expected config() to return a TrainConfig, "
+            f"found {type(config).__name__}"
+        )
+    return config.model_dump(exclude_unset=True)
+
+
+def _yaml_layer(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: expected at most {MAX_YAML_BYTES} bytes of YAML")
+        text = path.read_text(encoding="utf-8")
+        # Aliases are refused because a few of them, nested, expand to more than memory holds.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ConfigError(f"{path}: expected plain values, found a YAML alias (*name)")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a YAML file, found {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"{path}: expected a YAML mapping of settings, found: {line}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            f"{path}: expected a mapping of setting names to values, found {type(values).__name__}"
+        )
+    return values
+
+
+def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = list(TrainConfig.model_fields)
+    for key in layer:
+        if key not in known:
+            raise ConfigError(
+                f"{where}: expected the name of a setting, found {key!r}; {closest(key, known)}"
+            )
+    merged = dict(base)
+    for first, second in _EXCLUSIVE:
+        if layer.get(first) is not None or layer.get(second) is not None:
+            merged.pop(first, None)
+            merged.pop(second, None)
+    for key, value in layer.items():
+        nested = key in _NESTED and isinstance(value, Mapping)
+        merged[key] = {**merged.get(key, {}), **value} if nested else value
+    return merged
+
+
+def _validate(values: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: Any) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    message: str = detail["msg"]
+    if not place:
+        return message.removeprefix("Value error, ")
+    expected = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place}: expected {expected}, found {detail['input']!r}"

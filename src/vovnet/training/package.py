@@ -1,0 +1,89 @@
+"""A trained network as a model folder: what is stored, and the card that says what it is."""
+
+import math
+import platform
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from vovnet.data.coco import DetectionData
+from vovnet.evaluation import Metrics
+from vovnet.model_folder import ModelConfig
+from vovnet.models.zoo import task_of
+from vovnet.preprocess import Preprocess
+from vovnet.training.build import model_overrides
+from vovnet.training.checkpoint import Position, library_version
+from vovnet.training.config import TrainConfig
+
+
+def stored_tensor(value: Tensor, half: bool) -> Tensor:
+    """A tensor as the model folder stores it: with `half`, weights of two axes and more in 16 bits.
+
+    Norms and biases stay as they are: they are few, and a variance may be below what 16 bits hold.
+    """
+    return value.half() if half and value.is_floating_point() and value.ndim > 1 else value
+
+
+def build_model_config(
+    config: TrainConfig,
+    data: DetectionData,
+    preprocess: Preprocess,
+    *,
+    metrics: Metrics,
+    position: Position,
+    device: torch.device,
+) -> ModelConfig:
+    """The model folder's config.json, with the training's settings but none of its paths."""
+    settings = config.model_dump(mode="json", exclude={"data", "runs_dir", "name"})
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    threshold = metrics.by_type["bbox"].best_f1_score
+    return ModelConfig(
+        architecture=config.model,
+        model_args={"num_classes": len(data.class_names), "overrides": model_overrides(config)},
+        task="segment" if task_of(config.model) == "segment" else "detect",
+        class_names=list(data.class_names),
+        category_ids=list(data.category_ids),
+        preprocess=cast("dict[str, JsonValue]", preprocess.to_dict()),
+        score_threshold=None if math.isnan(threshold) else threshold,
+        licence=config.licence,
+        training={
+            "config": settings,
+            "data": Path(config.data or "").resolve().name,
+            "library": library_version(),
+            "torch": torch.__version__,
+            "hardware": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            "steps": position.step,
+            "best_step": position.best_step,
+            "minutes": round(position.spent_s / 60, 1),
+        },
+        metrics={config.val_split: metrics.to_dict()},
+    )
+
+
+def model_card(config: ModelConfig, metrics: Metrics) -> str:
+    """README.md of the model folder."""
+    split = next(iter(config.metrics))
+    return f"""# {config.architecture}
+
+A model of the vovnet library ({config.task}), licence: {config.licence}.
+
+Classes: {", ".join(config.class_names)}
+
+Trained on `{config.training["data"]}` for {config.training["minutes"]} minutes
+({config.training["steps"]} steps) on {config.training["hardware"]},
+with vovnet {config.training["library"]}; the weights are the averaged ones of step
+{config.training["best_step"]}, the best on the split `{split}`, on which this was measured:
+
+```
+{metrics.format()}
+```
+
+```python
+from vovnet import Predictor
+
+detections = Predictor.load("path/of/this/folder")("image.png")
+```
+"""

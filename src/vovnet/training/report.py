@@ -1,0 +1,138 @@
+"""What a training shows and leaves behind: live progress, metrics.jsonl, and its curves."""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+
+from vovnet.errors import ConfigError
+from vovnet.files import atomic_path, atomic_write_text
+
+Record = dict[str, Any]
+
+
+class ProgressReport:
+    """Messages on stderr, and on a terminal a bar that moves with every step."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("starting", total=1.0)
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def step(self, record: Record, spent_fraction: float) -> None:
+        """The state after a step; moves the bar where there is one."""
+        if self._progress is not None and self._task is not None:
+            text = describe_step(record)
+            self._progress.update(self._task, completed=spent_fraction, description=text)
+
+    def log(self, record: Record) -> None:
+        """A line of metrics.jsonl; shown as a line where no bar shows it."""
+        if self._progress is None:
+            self.message(describe_step(record))
+
+
+def describe_step(record: Record) -> str:
+    """One line: where the training is, each loss, learning rate, speed, and the time left."""
+    losses = " ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
+    eta_s = record["eta_s"]
+    left = "?" if eta_s is None else f"{int(eta_s) // 60}:{int(eta_s) % 60:02d}"
+    return (
+        f"epoch {record['epoch']:.2f} step {record['step']}  {losses}  "
+        f"lr {record['learning_rate']:.2e}  {record['images_per_s']:.1f} images/s  {left} left"
+    )
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line of JSON to the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a metrics file; a last line that a crash has cut off is left out."""
+    records: list[Record] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Remove the lines of steps that a resumed training does again."""
+    kept = [json.dumps(record) for record in read_records(path) if record["step"] <= step]
+    atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError, before hours of training, where the curves could not be drawn after."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise ConfigError(
+            "training: expected matplotlib, which draws the curves, found none; "
+            "install vovnet with its extra: vovnet[train]"
+        ) from error
+
+
+def draw_curves(path: Path, records: Sequence[Record]) -> None:
+    """A PNG of the losses, the learning rate and AP over the steps."""
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(15, 4), layout="constrained"
+    )
+    losses, rates, accuracy = figure.subplots(1, 3)
+    steps = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    for name in steps[-1]["losses"] if steps else ():
+        points = [(r["step"], r["losses"].get(name)) for r in steps]
+        losses.plot(*zip(*points, strict=True), label=name)
+    rates.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
+    for kind in ("box", "mask"):
+        found = [r for r in evaluations if kind in r["metrics"]]
+        for key in ("ap", "ap50"):
+            values = [r["metrics"][kind][key] for r in found]
+            if any(value is not None for value in values):
+                label = f"{kind} {key.upper()}"
+                accuracy.plot([r["step"] for r in found], values, marker=".", label=label)
+    for axes, title in ((losses, "losses"), (rates, "learning rate"), (accuracy, "validation")):
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)

@@ -1,0 +1,167 @@
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vovnet.errors import ConfigError
+from vovnet.training.checkpoint import (
+    Checkpoint,
+    Position,
+    capture_random_states,
+    library_version,
+    load_checkpoint,
+    load_plain,
+    restore_random_states,
+    save_checkpoint,
+)
+
+SAVE_FOREVER = """
+import sys
+from pathlib import Path
+import torch
+from vovnet.training.checkpoint import Checkpoint, Position, save_checkpoint
+step = 0
+while True:
+    step += 1
+    tensor = torch.full((200_000,), float(step))
+    checkpoint = Checkpoint({"w": tensor}, {}, {}, Position(step=step), {}, {}, "test")
+    save_checkpoint(Path(sys.argv[1]), checkpoint)
+    print(step, flush=True)
+"""
+
+
+def make_checkpoint() -> Checkpoint:
+    return Checkpoint(
+        model={"weight": torch.arange(6.0).reshape(2, 3)},
+        ema={"updates": 3, "module": {"weight": torch.ones(2, 3)}},
+        optimizer={"state": {0: {"momentum_buffer": torch.ones(1)}}, "param_groups": []},
+        position=Position(step=7, epoch=2, batch=1, window_losses={"loss": 0.5}),
+        random_states=capture_random_states(),
+        config={"model": "name", "epochs": None, "augment": {"hue": [0.1]}},
+        library="1.0",
+    )
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(os.environ["HARM"])),)
+
+
+def test_a_checkpoint_reads_back(tmp_path):
+    saved = make_checkpoint()
+    save_checkpoint(tmp_path / "last.pt", saved)
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    assert loaded.position == saved.position
+    assert loaded.config == saved.config
+    assert torch.equal(loaded.model["weight"], saved.model["weight"])
+    assert torch.equal(loaded.random_states["torch"], saved.random_states["torch"])
+
+
+def draw() -> tuple[float, float, float, float]:
+    return (
+        float(torch.rand(())),
+        float(np.random.rand()),
+        float(np.random.randn()),
+        random.random(),
+    )
+
+
+def test_random_states_go_on_after_a_file(tmp_path):
+    np.random.randn()  # leaves a second normal number waiting in the generator
+    save_checkpoint(tmp_path / "last.pt", make_checkpoint())
+    expected = [draw(), draw()]
+    restore_random_states(load_checkpoint(tmp_path / "last.pt").random_states)
+    assert [draw(), draw()] == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"format_version": 1, "model": [x]}])
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch, wrap):
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    torch.save(wrap(Harmful()), tmp_path / "zip.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(wrap(Harmful())))
+    for name in ("zip.pt", "raw.pt"):
+        with pytest.raises(ConfigError, match=f"{name}: expected a whole file of tensors"):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 1000, -1])
+def test_a_cut_file_is_named(tmp_path, keep):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_checkpoint())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"last\.pt: expected a whole file"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"format_version": 2}, "expected a training checkpoint of format 1, found 2"),
+        ({"weight": torch.ones(1)}, "found None"),
+        ({"format_version": 1, "model": {}}, r"expected the keys \['config', .*found"),
+        ([1, 2], "expected a mapping, found list"),
+    ],
+)
+def test_other_content_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match=message):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_an_unknown_position_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", make_checkpoint())
+    content = load_plain(tmp_path / "last.pt")
+    content["position"]["speed"] = 1
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match="fields of Position, found: .*speed"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"last\.pt: expected a file of weights, found none"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_checkpoint())
+    broken = make_checkpoint()
+    broken.config = {"model": lambda: None}  # cannot be stored
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        save_checkpoint(path, broken)
+    assert load_checkpoint(path).position.step == 7
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.pt"
+    delays = random.Random(0)
+    for _ in range(3):
+        command = [sys.executable, "-c", SAVE_FOREVER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            for _ in range(15):
+                time.sleep(delays.uniform(0.0, 0.01))
+                process.send_signal(
+                    signal.SIGSTOP
+                )  # stopped as if killed: what lies on the disk is read
+                loaded = load_checkpoint(path)
+                assert torch.all(loaded.model["w"] == loaded.position.step)
+                process.send_signal(signal.SIGCONT)
+            process.kill()
+        loaded = load_checkpoint(path)
+        assert torch.all(loaded.model["w"] == loaded.position.step)
+
+
+def test_library_version_is_one_word():
+    assert library_version().split() == [library_version()]
