@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -49,6 +50,7 @@ ORDER = [
     "evaluation",
     "drawing",
     "predict",
+    "predict_files",
     # what it costs
     "profiling.count",
     "profiling.energy",
@@ -83,6 +85,7 @@ NUMPY_ONLY = {
     "preprocess",
     "model_folder",
     "data.coco",
+    "data.check",
     "evaluation",
     "drawing",
     "profiling.energy",
@@ -122,11 +125,16 @@ def full_name(module: str) -> str:
     return module if module == "vovnet" else f"vovnet.{module}"
 
 
+@cache
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def imports_of(path: str, source: str) -> list[Import]:
     """Every import statement of a file, relative ones resolved."""
     package = ["vovnet", *path.split("/")[:-1]]
     found = []
-    for node, in_function in walk(ast.parse(source)):
+    for node, in_function in walk(parse(source)):
         if isinstance(node, ast.Import):
             found += [Import(name.name, node.lineno, in_function) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -174,7 +182,7 @@ def check_listed(sources: Mapping[str, str], order: Sequence[str]) -> list[str]:
     listed = set(order)
     for path, source in sources.items():
         if path.endswith("/__init__.py"):
-            statements = [node for node in ast.parse(source).body if not isinstance(node, ast.Expr)]
+            statements = [node for node in parse(source).body if not isinstance(node, ast.Expr)]
             if statements:
                 problems.append(f"{path}:{statements[0].lineno}: expected a docstring only")
         elif module_name(path) not in listed:
@@ -220,7 +228,7 @@ def check_dynamic(sources: Mapping[str, str]) -> list[str]:
     """import_module and __import__ take the literal name of somebody else's module."""
     problems = []
     for path, source in sources.items():
-        for node, _ in walk(ast.parse(source)):
+        for node, _ in walk(parse(source)):
             if path == "_lazy.py" or not isinstance(node, ast.Call):
                 continue
             if called_name(node) not in {"import_module", "__import__"}:
@@ -239,7 +247,7 @@ def check_late_loading(sources: Mapping[str, str], loaders: Mapping[str, str]) -
         uses = [found for found in imports_of(path, source) if "vovnet._lazy" in found.target]
         if uses and module not in loaders:
             problems.append(f"{path}:{uses[0].line}: _lazy is not for {module}")
-        for node, _ in walk(ast.parse(source)):
+        for node, _ in walk(parse(source)):
             if uses and isinstance(node, ast.Call) and called_name(node) == "load":
                 start = literal_start(node)
                 if start is not None and not start.startswith(loaders.get(module, "vovnet.")):

@@ -3,7 +3,7 @@ import sys
 import time
 from dataclasses import FrozenInstanceError
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -51,8 +51,9 @@ def crops_in_images(draw: st.DrawFn) -> tuple[MaskCrop, tuple[int, int]]:
     rows, columns = draw(st.integers(0, height - y)), draw(st.integers(0, width - x))
     if draw(st.booleans()):
         y, rows = 0, height
-    bits = draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
-    pixels = np.array(bits, dtype=np.bool_).reshape(rows, columns)
+    seed = draw(st.integers(0, 2**32 - 1))
+    density = draw(st.sampled_from([0.1, 0.5, 0.9]))
+    pixels = np.random.default_rng(seed).random((rows, columns)) < density
     fill = draw(st.sampled_from([None, None, True, False]))
     return MaskCrop(x, y, pixels if fill is None else np.full_like(pixels, fill)), (height, width)
 
@@ -71,7 +72,7 @@ def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
 
 
 @given(crops_in_images())
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 def test_run_lengths_equal_those_of_the_dense_mask(
     drawn: tuple[MaskCrop, tuple[int, int]],
 ) -> None:
@@ -80,13 +81,13 @@ def test_run_lengths_equal_those_of_the_dense_mask(
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_run_lengths_of_many_masks_of_a_large_image(order: str) -> None:
+def test_run_lengths_of_many_masks_of_a_large_image(order: Literal["C", "F"]) -> None:
     rng = np.random.default_rng(0)
     image_size = (700, 900)
     crops = []
     for _ in range(20):
         rows, columns = rng.integers(1, [701, 901])
-        pixels = np.asarray(rng.random((rows, columns)) < rng.random(), order=order)
+        pixels = np.array(rng.random((rows, columns)) < rng.random(), order=order)
         corner = rng.integers(0, [900 - columns + 1, 700 - rows + 1])
         crops.append(MaskCrop(int(corner[0]), int(corner[1]), pixels))
     expected = encoded(np.stack([dense(crop, image_size) for crop in crops]))
@@ -99,9 +100,9 @@ def test_run_lengths_of_500_objects_are_quick() -> None:
     crops = [MaskCrop(x=2 * i, y=i, pixels=disc) for i in range(500)]
     times_ms = []
     for _ in range(7):
-        start = time.perf_counter()
+        start = time.thread_time()  # other programs on the machine do not count
         encode_masks(crops, (1040, 1388))
-        times_ms.append((time.perf_counter() - start) * 1e3)
+        times_ms.append((time.thread_time() - start) * 1e3)
     assert min(times_ms) < 50
 
 

@@ -98,7 +98,7 @@ def _draw_masks(
     strength = np.where(_outlines(owners, line_width).ravel()[places], np.float32(1), alpha)
     pixels = drawn.reshape(-1, 3)
     ground = pixels[places].astype(np.float32)
-    blended = ground + (table[owner] - ground) * strength[:, None].astype(np.float32)
+    blended = ground + (table[owner] - ground) * strength[:, None]
     pixels[places] = np.rint(blended).astype(np.uint8)
 
 

@@ -158,6 +158,11 @@ def load_tensors(folder: Path) -> dict[str, NDArray[Any]]:
     }
 
 
+def bundled_models() -> dict[str, Path]:
+    """Return the folder of each model that comes with the package, by its name."""
+    return {path.parent.name: path.parent for path in BUNDLED_DIR.glob(f"*/{CONFIG_FILE}")}
+
+
 def resolve_model(folder_or_name: str | Path) -> Path:
     """Return the model folder for a path, or for the name of a model bundled with the package.
 
@@ -167,7 +172,7 @@ def resolve_model(folder_or_name: str | Path) -> Path:
     folder = Path(folder_or_name)
     if (folder / CONFIG_FILE).is_file():
         return folder
-    bundled = {path.parent.name: path.parent for path in BUNDLED_DIR.glob(f"*/{CONFIG_FILE}")}
+    bundled = bundled_models()
     if str(folder_or_name) in bundled:
         return bundled[str(folder_or_name)]
     if folder.is_dir():

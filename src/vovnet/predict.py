@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vovnet.errors import ConfigError
 from vovnet.images import read_image
 from vovnet.model_folder import load_config, load_tensors, resolve_model
+from vovnet.models.centermask import CenterMask
 from vovnet.models.deploy import DeployGraph
 from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model
@@ -40,10 +41,12 @@ class Predictor:
         score_threshold: ScoreThreshold | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.graph = graph.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.graph = graph.to(self.device).to(memory_format=torch.channels_last)
         self.preprocess = preprocess
         self.class_names = class_names
         self.category_ids = category_ids or tuple(range(1, len(class_names) + 1))
+        self.max_detections: int = graph.detector.config.max_detections  # type: ignore[union-attr, assignment]
+        self.has_masks = isinstance(graph.detector, CenterMask)
         self.thresholds = _class_thresholds(score_threshold, class_names)  # (C,)
 
     @classmethod
@@ -58,8 +61,9 @@ class Predictor:
     ) -> Self:
         """A predictor from a model folder or a bundled model's name.
 
-        threads sets torch's CPU threads for the process. score_threshold None takes the model's own,
-        chosen on its validation split. Raises ConfigError where the folder is not complete and right.
+        threads sets torch's CPU threads for the process. score_threshold None takes the model's
+        own, chosen on its validation split. Raises ConfigError where the folder is not complete and
+        right.
         """
         folder = resolve_model(folder_or_name)
         config = load_config(folder)
@@ -81,7 +85,9 @@ class Predictor:
         )
 
     @overload
-    def __call__(self, source: Pixels | str | Path) -> Detections: ...
+    def __call__(  # type: ignore[overload-overlap]  # a str is a Sequence of str
+        self, source: Pixels | str | Path
+    ) -> Detections: ...
     @overload
     def __call__(self, source: Sequence[Pixels | str | Path]) -> list[Detections]: ...
     def __call__(
@@ -96,9 +102,7 @@ class Predictor:
         image = source if isinstance(source, np.ndarray) else read_image(Path(source))
         resized = self.preprocess.resize(image)
         raw = self.infer(*self.preprocess.batch([resized]))
-        return self.postprocess(
-            raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2]
-        )
+        return self.postprocess(raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2])
 
     def infer(self, images: Pixels, sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The network alone: a batch from Preprocess.batch to DeployGraph's outputs."""
@@ -174,7 +178,7 @@ def build_model(folder: Path, *, max_detections: int | None = None) -> torch.nn.
     """The network of a model folder with its weights, as float32; raises ConfigError."""
     config = load_config(folder)
     arguments = dict(config.model_args)
-    overrides = dict(arguments.pop("overrides", None) or {})  # type: ignore[call-overload]
+    overrides = dict(arguments.pop("overrides", None) or {})
     if max_detections is not None:
         overrides["max_detections"] = max_detections
     num_classes = arguments.pop("num_classes", None)
@@ -216,7 +220,8 @@ def _bilinear_weights(
     centres = np.arange(start, stop, dtype=np.float32) + 0.5
     position = (centres - low) / max(high - low, 1e-6) * cells - 0.5
     distance = np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
-    return np.maximum(1 - distance, 0).astype(np.float32)
+    weights: NDArray[np.float32] = np.maximum(1 - distance, 0).astype(np.float32)
+    return weights
 
 
 def _class_thresholds(
@@ -251,7 +256,8 @@ def _cut_by_tile(
     cut: NDArray[np.bool_] = ((x0 < 1) & (left > 0)) | ((y0 < 1) & (top > 0))
     cut |= (x1 > width - 1) & (left + width < image_size[1])
     cut |= (y1 > height - 1) & (top + height < image_size[0])
-    return cut & (x1 - x0 < overlap) & (y1 - y0 < overlap)
+    cut &= (x1 - x0 < overlap) & (y1 - y0 < overlap)
+    return cut
 
 
 def _merge_tiles(found: Detections) -> Detections:

@@ -148,7 +148,9 @@ class Detections:
             masks=None if first.masks is None else masks,
             mask_scores=None
             if first.mask_scores is None
-            else np.concatenate([part.mask_scores for part in parts if part.mask_scores is not None]),
+            else np.concatenate(
+                [part.mask_scores for part in parts if part.mask_scores is not None]
+            ),
         )
 
     def dense_masks(self) -> NDArray[np.bool_]:
@@ -374,6 +376,7 @@ def _check_same_kind(first: Detections, part: Detections, where: str) -> None:
 
     if kind(first) != kind(part):
         raise ValueError(
-            f"{where}: expected (image_size, class_names, has masks, has mask scores) {kind(first)}, "
+            f"{where}: expected (image_size, class_names, has masks, has mask scores) "
+            f"{kind(first)}, "
             f"got {kind(part)}"
         )

@@ -40,7 +40,9 @@ def backbone_key(key: str) -> str:
     """VoVNet.pytorch's and detectron2's key to ours."""
     key = re.sub(r"^stem\.stem_(\d)", lambda m: f"stem.{int(m[1]) - 1}", key)
     key = re.sub(
-        r"^stage(\d)\.OSA\d_(\d+)\.", lambda m: f"stages.{int(m[1]) - 2}.blocks.{int(m[2]) - 1}.", key
+        r"^stage(\d)\.OSA\d_(\d+)\.",
+        lambda m: f"stages.{int(m[1]) - 2}.blocks.{int(m[2]) - 1}.",
+        key,
     )
     key = re.sub(r"\.layers\.(\d+)\.OSA\d_\d+_\d+", r".conv_mid.\1", key)
     key = re.sub(r"\.conv_reduction\.OSA\w+_reduction_0", ".conv_reduction", key)

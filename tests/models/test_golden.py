@@ -191,5 +191,5 @@ def test_losses(detector: torch.nn.Module, raw: dict[str, Tensor]) -> None:
     for ours, theirs in names.items():
         assert losses[ours].item() == pytest.approx(expected[theirs], rel=1e-7), ours
     assert losses["loss_mask_iou"].item() == pytest.approx(expected["loss_maskiou"], rel=1e-4)
-    boxes, matches = detector._foreground(raw, targets)
+    boxes, _ = detector._foreground(raw, targets)
     assert [len(box) for box in boxes] == [15, 35]

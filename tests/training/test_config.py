@@ -86,7 +86,7 @@ def test_wrong_settings_say_expected_and_found(flags, message):
         ("x: !!python/object/apply:os.system ['true']\n", "python/object"),
         ("a: &a [1]\nb: *a\n", "alias"),
         ("learning_rte: 1\n", r"config\.yaml: .*did you mean 'learning_rate'"),
-        ("[" * 100_000, "config.yaml: expected"),
+        ("[" * 5_000, "config.yaml: expected"),
         ("#" * 1_000_001, "at most 1000000 bytes"),
     ],
 )

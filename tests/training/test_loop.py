@@ -73,9 +73,11 @@ def assert_equal_states(a: object, b: object) -> None:
         assert a == b
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop_after", [1, 3, 5, 8])  # an epoch is 3 steps
-def test_a_resumed_training_equals_a_straight_one(tmp_path, workers, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "workers"),  # an epoch is 3 steps
+    [(1, 0), (3, 0), (5, 0), (6, 0), (8, 0), (3, 2), (5, 2)],
+)
+def test_a_resumed_training_equals_a_straight_one(tmp_path, stop_after, workers):
     straight = ToyTraining(workers=workers)
     expected = list(straight.steps())
     first = ToyTraining(workers=workers)
@@ -150,19 +152,24 @@ def test_training_lowers_the_loss():
 
 def test_a_loss_that_is_not_finite_names_everything_and_changes_nothing():
     training = ToyTraining(bad=2)
-    before = {}
-    with pytest.raises(TrainingError) as caught:
+    before: list[dict[str, torch.Tensor]] = [{}]
+
+    def train_on() -> None:
         for _ in training.steps():
-            before = {k: v.clone() for k, v in training.detector.state_dict().items()}
+            before.append({k: v.clone() for k, v in training.detector.state_dict().items()})
+
+    with pytest.raises(TrainingError) as caught:
+        train_on()
     order = epoch_order(10, seed=training.seed, epoch=0)
     start = order.index(2) // 3 * 3
     for index in order[start : start + 3]:
         assert f"image{index}.png" in str(caught.value)
     assert "loss_size nan" in str(caught.value)
     assert "loss_small 0." in str(caught.value)
-    for name, parameter in training.detector.named_parameters():
-        if before:
-            assert torch.equal(parameter, before[name])
+    parameters = dict(training.detector.named_parameters())
+    for name, value in before[-1].items():
+        if name in parameters:
+            assert torch.equal(parameters[name], value)
 
 
 def test_too_high_a_learning_rate_stops():

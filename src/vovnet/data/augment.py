@@ -26,6 +26,7 @@ from vovnet.results import MaskCrop
 
 BATCH_DIVISOR = 32
 DEFAULT_CACHE_BYTES = 512 * 1024**2
+_OVERHEAD_BYTES = 256  # of the objects around the pixels, which are few in a small mask
 
 # The largest value of each probability and strength; the smallest is 0.
 _LIMITS = {
@@ -111,7 +112,7 @@ def _is_number(value: object) -> bool:
 EvalPreset = Preprocess
 
 TrainItem = tuple[Tensor, Target, Path]
-Value = TypeVar("Value")
+Value = TypeVar("Value", NDArray[np.uint8], MaskCrop)
 
 
 @dataclass(slots=True)
@@ -189,10 +190,10 @@ class TrainDataset(Dataset[TrainItem]):
         self.with_masks = has_masks(data)
         # In shared memory, so that worker processes that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch.share_memory_()
         mask_bytes = cache_bytes // 4
-        self._images = _Cache[NDArray[np.uint8]](cache_bytes - mask_bytes, lambda x: x.nbytes)
-        self._masks = _Cache[MaskCrop](mask_bytes, lambda mask: mask.pixels.nbytes + 256)
+        self._images = _Cache[NDArray[np.uint8]](cache_bytes - mask_bytes)
+        self._masks = _Cache[MaskCrop](mask_bytes)
         self._flips = v2.Compose(
             [
                 v2.RandomHorizontalFlip(preset.horizontal_flip),
@@ -266,9 +267,8 @@ class TrainDataset(Dataset[TrainItem]):
 class _Cache(Generic[Value]):
     """Keeps what was made until its bytes are used up, and then for good: an epoch uses all."""
 
-    def __init__(self, limit_bytes: int, size_of: Callable[[Value], int]) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self._left = limit_bytes
-        self._size_of = size_of
         self._values: dict[Hashable, Value] = {}
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
@@ -276,7 +276,7 @@ class _Cache(Generic[Value]):
         if key in self._values:
             return self._values[key]
         value = make()
-        size = self._size_of(value)
+        size = _OVERHEAD_BYTES + (value.pixels if isinstance(value, MaskCrop) else value).nbytes
         if size <= self._left:
             self._left -= size
             self._values[key] = value

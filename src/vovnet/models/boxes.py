@@ -1,4 +1,6 @@
-"""Boxes: training targets, grid points, and non-maximum suppression. Boxes are xyxy in input pixels."""
+"""Boxes: training targets, grid points, and non-maximum suppression. Boxes are xyxy in input
+pixels.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,7 +45,8 @@ def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
 def class_wise_nms(
     boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, *, threshold: float, keep: int
 ) -> Tensor:
-    """Indices of the at most `keep` best boxes, best first, none overlapping a better one of its class.
+    """Indices of the at most `keep` best boxes, best first, none overlapping a better one of its
+    class.
 
     Boxes are moved to the positive quadrant first: the class offset of batched_nms lets boxes with
     negative coordinates overlap those of the class before.
@@ -51,7 +54,8 @@ def class_wise_nms(
     if boxes_xyxy.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes_xyxy.device)
     shifted = boxes_xyxy - boxes_xyxy.min()
-    return batched_nms(shifted, scores.to(shifted.dtype), labels, threshold)[:keep]
+    best: Tensor = batched_nms(shifted, scores.to(shifted.dtype), labels, threshold)
+    return best[:keep]
 
 
 def pad_rows(rows: Sequence[Tensor], count: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""CenterMask (Lee & Park 2020): FCOS, then a spatial-attention-guided mask and its predicted IoU for each box.
+"""CenterMask (Lee & Park 2020): FCOS, then a spatial-attention-guided mask and its predicted IoU
+for each box.
 
 Shapes: M regions over the whole batch, C classes, K kept detections per image.
 """
@@ -40,11 +41,14 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
-        return x * self.conv(pooled).sigmoid()
+        gate: Tensor = self.conv(pooled).sigmoid()
+        return x * gate
 
 
 class MaskHead(nn.Module):
-    """SAG-Mask: convolutions, spatial attention, upsampling: (M, c, 14, 14) to logits (M, C, 28, 28)."""
+    """SAG-Mask: convolutions, spatial attention, upsampling: (M, c, 14, 14) to logits (M, C, 28,
+    28).
+    """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, *, convs: int) -> None:
         super().__init__()
@@ -56,8 +60,8 @@ class MaskHead(nn.Module):
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, num_classes, 1)
         for module in (*self.convs, self.deconv):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)  # type: ignore[arg-type]
 
@@ -109,7 +113,9 @@ class MaskIoUHead(nn.Module):
 
 
 class CenterMask(nn.Module):
-    """FCOS with a mask branch. Input (B, 3, H, W) float, normalised and zero-padded to multiples of 32."""
+    """FCOS with a mask branch. Input (B, 3, H, W) float, normalised and zero-padded to multiples of
+    32.
+    """
 
     def __init__(
         self,
@@ -136,11 +142,15 @@ class CenterMask(nn.Module):
     def loss(
         self, raw: dict[str, Tensor], targets: Sequence[Target], sizes: Tensor
     ) -> dict[str, Tensor]:
-        """FCOS's losses, loss_mask and loss_mask_iou; sizes (B, 2) height and width without padding."""
+        """FCOS's losses, loss_mask and loss_mask_iou; sizes (B, 2) height and width without
+        padding.
+        """
         return fcos_loss(raw, targets, self.config) | self._mask_loss(raw, targets, sizes)
 
     def detect(self, raw: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
-        """FCOS's detections with mask_probs (B, K, 28, 28) and mask_scores (B, K) = score x predicted IoU."""
+        """FCOS's detections with mask_probs (B, K, 28, 28) and mask_scores (B, K) = score x
+        predicted IoU.
+        """
         found = fcos_detect(raw, self.config, max_detections=self.config.max_detections)
         valid, labels = found["valid"], found["labels"][found["valid"]]
         image_indices = torch.nonzero(valid)[:, 0]
@@ -207,7 +217,9 @@ class CenterMask(nn.Module):
     def _foreground(
         self, raw: dict[str, Tensor], targets: Sequence[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per image the boxes, proposed and true, that overlap an object by half, and that object's index."""
+        """Per image the boxes, proposed and true, that overlap an object by half, and that object's
+        index.
+        """
         detached = {name: value.detach() for name, value in raw.items()}
         found = fcos_detect(detached, self.config, max_detections=self.config.train_proposals)
         boxes, matches = [], []
@@ -241,7 +253,9 @@ def _mask_truth(
         if len(box) == 0:
             continue
         if target.masks is None:
-            raise ValueError("CenterMask's loss: expected masks in every target, got a target without")
+            raise ValueError(
+                "CenterMask's loss: expected masks in every target, got a target without"
+            )
         masks.append(target.masks.rasterize(box, match, MASK_SIZE))
         fractions.append(target.masks.visible_fraction(box, match))
     return torch.cat(masks).to(dtype), torch.cat(fractions).to(dtype)

@@ -13,18 +13,18 @@ class DeployGraph(nn.Module):
     mean and std are RGB in units of 0..255.
     """
 
-    def __init__(
-        self, detector: nn.Module, *, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, detector: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.detector = detector
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """images (B, H, W, 3) uint8 RGB padded to multiples of 32, sizes (B, 2) int64 height and width.
+        """images (B, H, W, 3) uint8 RGB padded to multiples of 32, sizes (B, 2) int64 height and
+        width.
 
         Returns boxes (B, K, 4) xyxy in input pixels, not clipped; scores, labels, valid (B, K); for
-        segmenters mask_probs (B, K, 28, 28) and mask_scores (B, K). Rows that are not valid are zero.
+        segmenters mask_probs (B, K, 28, 28) and mask_scores (B, K). Rows that are not valid are
+        zero.
         """
         raw = self.detector(self.normalize(images, sizes))
         return self.detector.detect(raw, sizes)  # type: ignore[operator, no-any-return]

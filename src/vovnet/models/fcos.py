@@ -1,6 +1,8 @@
-"""FCOS (Tian et al. 2019) as CenterMask uses it: centre sampling, centerness on the box tower, GIoU, focal loss.
+"""FCOS (Tian et al. 2019) as CenterMask uses it: centre sampling, centerness on the box tower,
+GIoU, focal loss.
 
-Shapes: B images, L locations over all five levels (P3 first, row by row), C classes, K kept detections.
+Shapes: B images, L locations over all five levels (P3 first, row by row), C classes, K kept
+detections.
 """
 
 from collections.abc import Sequence
@@ -43,7 +45,9 @@ class FCOSConfig:
 
 
 class FCOSHead(nn.Module):
-    """Class, box and centerness predictions, one set of weights for all levels, one scale per level."""
+    """Class, box and centerness predictions, one set of weights for all levels, one scale per
+    level.
+    """
 
     def __init__(self, channels: int, num_classes: int, *, tower_convs: int) -> None:
         super().__init__()
@@ -72,7 +76,9 @@ class FCOSHead(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Maps P3 to P7 to logits (B, L, C), distances (B, L, 4) in strides, centerness (B, L) logits."""
+        """Maps P3 to P7 to logits (B, L, C), distances (B, L, 4) in strides, centerness (B, L)
+        logits.
+        """
         logits, distances, centerness = [], [], []
         for feature, scale in zip(pyramid, self.scales, strict=True):
             box_feature = self.box_tower(feature)
@@ -87,7 +93,9 @@ class FCOSHead(nn.Module):
 
 
 class FCOS(nn.Module):
-    """Backbone, neck, head. Input (B, 3, H, W) float, normalised and zero-padded to multiples of 32."""
+    """Backbone, neck, head. Input (B, 3, H, W) float, normalised and zero-padded to multiples of
+    32.
+    """
 
     def __init__(
         self, backbone: nn.Module, neck: nn.Module, head: nn.Module, config: FCOSConfig
@@ -135,7 +143,9 @@ def level_points(raw: dict[str, Tensor]) -> list[Tensor]:
 def fcos_loss(
     raw: dict[str, Tensor], targets: Sequence[Target], config: FCOSConfig
 ) -> dict[str, Tensor]:
-    """loss_cls: focal sum / positives; loss_centerness: BCE sum / positives; loss_box: centerness-weighted GIoU."""
+    """loss_cls: focal sum / positives; loss_centerness: BCE sum / positives; loss_box:
+    centerness-weighted GIoU.
+    """
     points = level_points(raw)
     assigned = [assign_points(points, target, config) for target in targets]
     labels = torch.stack([label for label, _ in assigned])  # (B, L)
@@ -164,9 +174,9 @@ def assign_points(
 ) -> tuple[Tensor, Tensor]:
     """What each location has to predict: labels (L,) and distances (L, 4) in strides.
 
-    A location belongs to the smallest object whose centre region (center_radius strides, cut at the box)
-    it lies strictly inside and whose longest distance fits its level. Label num_classes is background,
-    -1 neither (inside a crowd region).
+    A location belongs to the smallest object whose centre region (center_radius strides, cut at the
+    box) it lies strictly inside and whose longest distance fits its level. Label num_classes is
+    background, -1 neither (inside a crowd region).
     """
     if len(target.boxes_xyxy) == 0:
         location = torch.cat(list(points))
@@ -221,7 +231,9 @@ def _ignore_crowds(labels: Tensor, location: Tensor, target: Target, background:
 def fcos_detect(
     raw: dict[str, Tensor], config: FCOSConfig, *, max_detections: int
 ) -> dict[str, Tensor]:
-    """The padded detections of FCOS.detect: candidates per level, then class-wise NMS over all levels."""
+    """The padded detections of FCOS.detect: candidates per level, then class-wise NMS over all
+    levels.
+    """
     points = level_points(raw)
     counts = [len(location) for location in points]
     logits = raw["logits"].split(counts, dim=1)
@@ -250,7 +262,9 @@ def fcos_detect(
         "boxes": pad_rows([boxes[i, kept[i]] for i in images], max_detections),
         "scores": pad_rows([scores[i, kept[i]] for i in images], max_detections),
         "labels": pad_rows([labels[i, kept[i]] for i in images], max_detections),
-        "valid": pad_rows([torch.ones_like(kept[i], dtype=torch.bool) for i in images], max_detections),
+        "valid": pad_rows(
+            [torch.ones_like(kept[i], dtype=torch.bool) for i in images], max_detections
+        ),
     }
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional
 class FPN(nn.Module):
     """P3 to P7 from the maps of stages 3 to 5; out_channels 256, or 128 for FPNLite.
 
-    1x1 lateral and 3x3 output convolutions with bias, no norm, no activation; P6 and P7 are strided 3x3
-    convolutions on P5.
+    1x1 lateral and 3x3 output convolutions with bias, no norm, no activation; P6 and P7 are strided
+    3x3 convolutions on P5.
     """
 
     def __init__(self, in_channels: Sequence[int], *, out_channels: int) -> None:
@@ -27,7 +27,9 @@ class FPN(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of strides 8, 16, 32 to maps (B, out_channels, H_l, W_l) of strides 8, 16, 32, 64, 128."""
+        """Maps of strides 8, 16, 32 to maps (B, out_channels, H_l, W_l) of strides 8, 16, 32, 64,
+        128.
+        """
         laterals = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
         for finer in range(len(laterals) - 2, -1, -1):
             size = laterals[finer].shape[-2:]

@@ -12,7 +12,9 @@ NormKind = Literal["bn", "frozen_bn", "gn", "evonorm_s0"]
 
 
 class EvoNormS0(nn.Module):
-    """Normalisation and activation in one: x * sigmoid(v x) / group std (Liu et al. 2020, EvoNorm-S0)."""
+    """Normalisation and activation in one: x * sigmoid(v x) / group std (Liu et al. 2020,
+    EvoNorm-S0).
+    """
 
     def __init__(self, channels: int, *, groups: int = 32, eps: float = 1e-5) -> None:
         super().__init__()
@@ -36,7 +38,8 @@ def make_norm(kind: NormKind, channels: int) -> nn.Module:
     if kind == "bn":
         return nn.BatchNorm2d(channels)
     if kind == "frozen_bn":
-        return FrozenBatchNorm2d(channels)
+        frozen: nn.Module = FrozenBatchNorm2d(channels)
+        return frozen
     if kind == "gn":
         return nn.GroupNorm(32 if channels % 32 == 0 else 16, channels)
     if kind == "evonorm_s0":
@@ -50,7 +53,9 @@ def make_activation(norm: NormKind) -> nn.Module:
 
 
 class ConvNormAct(nn.Module):
-    """Convolution (no bias, padding k // 2), norm, ReLU: (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
+    """Convolution (no bias, padding k // 2), norm, ReLU: (B, C_in, H, W) to (B, C_out, H / stride,
+    W / stride).
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, kernel: int, stride: int, norm: NormKind
@@ -69,9 +74,7 @@ class ConvNormAct(nn.Module):
 class SeparableConvNormAct(nn.Module):
     """3x3 depthwise, 1x1 pointwise, norm, ReLU; neither norm nor activation between the two."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int, norm: NormKind
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, norm: NormKind) -> None:
         super().__init__()
         self.conv_dw = nn.Conv2d(
             in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False
@@ -85,7 +88,9 @@ class SeparableConvNormAct(nn.Module):
 
 
 class EffectiveSqueezeExcite(nn.Module):
-    """eSE: one C x C layer on the pooled map gates the channels (VoVNetV2; hard sigmoid as in all released code)."""
+    """eSE: one C x C layer on the pooled map gates the channels (VoVNetV2; hard sigmoid as in all
+    released code).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

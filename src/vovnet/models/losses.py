@@ -1,11 +1,14 @@
-"""Losses that more than one detector uses; each returns one value per element or a sum, never a mean."""
+"""Losses that more than one detector uses; each returns one value per element or a sum, never a
+mean.
+"""
 
 import torch
 from torch import Tensor
 
 
 def giou_loss_ltrb(predicted: Tensor, target: Tensor) -> Tensor:
-    """Generalised IoU loss (N,) of boxes around one point, as distances to left, top, right, bottom (N, 4).
+    """Generalised IoU loss (N,) of boxes around one point, as distances to left, top, right, bottom
+    (N, 4).
 
     As in the released FCOS of CenterMask the IoU is (I + 1) / (U + 1), the enclosing term plain.
     """

@@ -1,4 +1,6 @@
-"""Regions of interest: the level each is read from, RoIAlign over levels, and the masks inside them."""
+"""Regions of interest: the level each is read from, RoIAlign over levels, and the masks inside
+them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +41,8 @@ class BitmapMasks:
         rois = torch.cat([indices[:, None].to(boxes_xyxy.dtype), boxes_xyxy], dim=1)
         bitmaps = self.pixels[:, None].to(boxes_xyxy.dtype)
         aligned = roi_align(bitmaps, rois, size, 1.0, sampling_ratio=0, aligned=True)
-        return (aligned[:, 0] >= 0.5).to(boxes_xyxy.dtype)
+        inside: Tensor = aligned[:, 0] >= 0.5
+        return inside.to(boxes_xyxy.dtype)
 
     def visible_fraction(self, boxes_xyxy: Tensor, indices: Tensor) -> Tensor:
         """Pixels whose centre lies inside the box over all pixels of the object."""
@@ -62,7 +65,8 @@ class BitmapMasks:
 def assign_levels(
     boxes_xyxy: Tensor, input_areas: Tensor, *, min_level: int, max_level: int
 ) -> Tensor:
-    """Pyramid level of each box, (M,) int64: ceil(max_level - log2(A_input / A_RoI)) (CenterMask, equation 2).
+    """Pyramid level of each box, (M,) int64: ceil(max_level - log2(A_input / A_RoI)) (CenterMask,
+    equation 2).
 
     input_areas (M,): area in pixels of the unpadded image that each box is in.
     """

@@ -1,4 +1,5 @@
-"""VoVNet (Lee et al. 2019) and VoVNetV2 (Lee & Park 2020): one-shot aggregation backbones and classifiers.
+"""VoVNet (Lee et al. 2019) and VoVNetV2 (Lee & Park 2020): one-shot aggregation backbones and
+classifiers.
 
 Order of reading: the OSA block, the network, the table of published variants.
 State-dict keys of timm's variants are timm's.
@@ -104,7 +105,7 @@ class OsaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [x]  # the block's input as it came, not the reduced one
-        y = self.conv_reduction(x)
+        y: Tensor = self.conv_reduction(x)
         for conv in self.conv_mid:
             y = conv(y)
             outputs.append(y)
@@ -187,7 +188,9 @@ class FeatureInfo(list[dict[str, Any]]):
 
 
 class VoVNet(nn.Module):
-    """The network of VoVNetConfig: stem, four OSA stages, classifier. Input (B, in_chans, H, W) float."""
+    """The network of VoVNetConfig: stem, four OSA stages, classifier. Input (B, in_chans, H, W)
+    float.
+    """
 
     def __init__(
         self,
@@ -265,8 +268,9 @@ class VoVNet(nn.Module):
     ) -> Any:
         """Feature maps at indices (negative from the end, an int takes the last n, None all five).
 
-        Returns the list of maps, or (last map, list) unless intermediates_only. `norm` is accepted for
-        timm's callers: every map is already normalised. Raises ValueError for other formats than NCHW.
+        Returns the list of maps, or (last map, list) unless intermediates_only. `norm` is accepted
+        for timm's callers: every map is already normalised. Raises ValueError for other formats
+        than NCHW.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: expected NCHW, got {output_fmt!r}")
@@ -328,9 +332,7 @@ class VoVNetFeatures(VoVNet):
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            config, num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate
-        )
+        super().__init__(config, num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)
         self.out_indices = resolve_indices(out_indices, 1 + len(self.stages))
         self.feature_info = FeatureInfo(self.feature_info[index] for index in self.out_indices)
 
@@ -395,8 +397,8 @@ _V27_SLIM_V1 = VoVNetConfig(
     blocks_per_stage=(1, 1, 1, 1),
 )
 
-# Naming: `b` and `a` as in timm (eSE in the last block of a stage; V1 without identity), `_d2` = eSE in
-# every block, plain `vovnetN` = the released V1 code with identity, `_paper` = the V1 paper.
+# Naming: `b` and `a` as in timm (eSE in the last block of a stage; V1 without identity), `_d2` =
+# eSE in every block, plain `vovnetN` = the released V1 code with identity, `_paper` = the V1 paper.
 VARIANTS: dict[str, VoVNetConfig] = {
     "vovnet39a": replace(_V39, attention="none", identity=False),
     "vovnet57a": replace(_V57, attention="none", identity=False),

@@ -59,27 +59,31 @@ PUBLISHED: dict[str, PublishedWeights] = {
 
 
 def fetch_published(name: str) -> dict[str, Tensor]:
-    """The published ImageNet weights of a variant from the hub or its cache (HF_HOME, HF_HUB_OFFLINE).
+    """The published ImageNet weights of a variant from the hub or its cache (HF_HOME,
+    HF_HUB_OFFLINE).
 
     Raises ConfigError where the variant has none or they cannot be had.
     """
     if name not in PUBLISHED:
         raise ConfigError(
-            f"pretrained: expected a variant with published weights ({', '.join(PUBLISHED)}), got {name}"
+            f"pretrained: expected a variant with published weights, {', '.join(PUBLISHED)}, "
+            f"got {name}"
         )
     repository = PUBLISHED[name].hub_repository
     try:
         path = hf_hub_download(repository, "model.safetensors")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"pretrained {name}: model.safetensors of hub repository {repository} is neither cached nor "
-            f"reachable ({type(error).__name__}); download that file elsewhere and give its path instead"
+            f"pretrained {name}: model.safetensors of hub repository {repository} is neither cached "
+            f"nor reachable ({type(error).__name__}); download that file elsewhere and give its "
+            "path instead"
         ) from error
     return read_weights(Path(path))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file; pickles are read with weights_only, never otherwise.
+    """The tensors of a .safetensors or .pth file; pickles are read with weights_only, never
+    otherwise.
 
     Raises ConfigError where the file is missing, broken, or holds anything but tensors.
     """
@@ -132,6 +136,8 @@ def load_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], *, where: 
         name: value
         for name, value in tensors.items()
         if not name.startswith("head.")
-        and (name in own or not name.endswith("num_batches_tracked"))  # frozen BatchNorm counts nothing
+        and (
+            name in own or not name.endswith("num_batches_tracked")
+        )  # frozen BatchNorm counts nothing
     }
     load_tensors(backbone, wanted | kept, where=where)

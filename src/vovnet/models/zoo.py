@@ -14,7 +14,13 @@ from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, Mas
 from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
 from vovnet.models.fpn import FPN
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
-from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, load_tensors, read_weights
+from vovnet.models.weights import (
+    PUBLISHED,
+    fetch_published,
+    load_backbone,
+    load_tensors,
+    read_weights,
+)
 
 Task = Literal["classify", "detect", "segment"]
 
@@ -48,7 +54,9 @@ def task_of(name: str) -> Task:
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Detector (None for a classifier) and backbone of a name; raises ConfigError on an unknown one."""
+    """Detector (None for a classifier) and backbone of a name; raises ConfigError on an unknown
+    one.
+    """
     if name in VARIANTS:
         return None, name
     for kind in DETECTORS:
@@ -84,8 +92,8 @@ def create_model(
         checkpoint_path: .safetensors or .pth whose keys are this model's.
         drop_rate: of the classifier's input.
         drop_path_rate: of the last block's residual branch (stochastic depth).
-        overrides: settings of the network's config by name, a detector's (thresholds, widths) or the
-            backbone's (norm and the rest of VoVNetConfig).
+        overrides: settings of the network's config by name, a detector's (thresholds, widths) or
+        the backbone's (norm and the rest of VoVNetConfig).
 
     Raises:
         ConfigError: on an unknown name or setting, or weights that do not fit.

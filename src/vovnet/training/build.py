@@ -6,13 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from vovnet.data.coco import DetectionData, find_split, has_masks, load_coco
+from vovnet.data.check import describe, load_checked
+from vovnet.data.coco import DetectionData, find_split, has_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import IouType
-from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
+from vovnet.model_folder import load_tensors as load_arrays
+from vovnet.model_folder import resolve_model
+from vovnet.models.weights import (
+    PUBLISHED,
+    fetch_published,
+    load_backbone,
+    load_tensors,
+    read_weights,
+)
 from vovnet.models.zoo import create_model, split_name, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.training.config import TrainConfig
+
+_CLASS_LAYERS = ("head.logits", "mask_head.predictor", "mask_iou_head.iou")
 
 
 def load_splits(
@@ -27,9 +38,8 @@ def load_splits(
     skipped: list[str] = []
     for split in (config.train_split, config.val_split):
         annotation_file, image_dir = find_split(Path(config.data), split)
-        data = load_coco(annotation_file, image_dir)
-        if not data.images:
-            raise DataError(f"{annotation_file}: expected at least one usable image, found none")
+        data, found = load_checked(annotation_file, image_dir, skip_bad=skip_bad)
+        skipped += [f"{annotation_file}: {describe(problem)}" for problem in found.problems]
         loaded.append(data)
     train, val = loaded
     if train.class_names != val.class_names:
@@ -70,7 +80,20 @@ def build_detector(config: TrainConfig, num_classes: int) -> nn.Module:
             tensors = read_weights(Path(config.backbone_weights))
         module: nn.Module = detector.get_submodule("backbone")
         load_backbone(module, tensors, where=f"backbone_weights {config.backbone_weights}")
+    if config.init is not None:
+        _load_trained(detector, config.init)
     return detector
+
+
+def _load_trained(detector: nn.Module, folder_or_name: str) -> None:
+    """Loads a model folder's weights; layers of other classes keep their random ones."""
+    folder = resolve_model(folder_or_name)
+    tensors = {name: torch.from_numpy(value) for name, value in load_arrays(folder).items()}
+    for name, own in detector.state_dict().items():
+        per_class = name.rpartition(".")[0].endswith(_CLASS_LAYERS)
+        if per_class and name in tensors and tensors[name].shape != own.shape:
+            tensors[name] = own
+    load_tensors(detector, tensors, where=f"init {folder}")
 
 
 def model_overrides(config: TrainConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vovnet.errors import ConfigError
 
 DEFAULT_EPOCHS = 50.0
 MAX_YAML_BYTES = 1_000_000
+MAX_YAML_DEPTH = 20
 _RECIPES = Path(__file__).parent.parent / "recipes"
 # Of each pair one is set; a layer that sets one replaces whichever a lower layer has set.
 _EXCLUSIVE = (
@@ -37,6 +38,9 @@ class TrainConfig(BaseModel):
     )
     backbone_weights: str | None = Field(
         None, description="weights to start the backbone from: a file, or 'hub'; none: random"
+    )
+    init: str | None = Field(
+        None, description="model folder or bundled model whose weights the training starts from"
     )
     data: str | None = Field(None, description="folder of the data set")
     train_split: str = Field("train", description="name of the split to train on")
@@ -177,13 +181,11 @@ def _yaml_layer(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: expected at most {MAX_YAML_BYTES} bytes of YAML")
         text = path.read_text(encoding="utf-8")
-        # Aliases are refused because a few of them, nested, expand to more than memory holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ConfigError(f"{path}: expected plain values, found a YAML alias (*name)")
+        _check_yaml(text, path)
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: expected a YAML file, found {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{path}: expected a YAML mapping of settings, found: {line}") from error
     if values is None:
@@ -193,6 +195,18 @@ def _yaml_layer(path: Path) -> dict[str, Any]:
             f"{path}: expected a mapping of setting names to values, found {type(values).__name__}"
         )
     return values
+
+
+def _check_yaml(text: str, path: Path) -> None:
+    """Refuse what makes a small file expensive: aliases, which multiply, and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{path}: expected plain values, found a YAML alias (*name)")
+        if depth > MAX_YAML_DEPTH:
+            raise ConfigError(f"{path}: expected at most {MAX_YAML_DEPTH} nested levels of YAML")
 
 
 def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def train_step(
             losses = loss_step(moved.images, moved.sizes, moved.targets)
         values = finite_losses(losses, batch.paths)
         optimizer.zero_grad(set_to_none=True)
-        total_loss(losses).backward()  # type: ignore[no-untyped-call]
+        total_loss(losses).backward()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{device}: out of memory with a batch of {tuple(batch.images.shape)}, "
@@ -223,14 +224,18 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 class StopSignals:
-    """Within this context Ctrl-C and SIGTERM are noted; a second one acts as it did before."""
+    """Within this context Ctrl-C and SIGTERM are noted; a second one acts as it did before.
+
+    Python takes signals in the main thread only; in another one nothing is noted.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -1,22 +1,54 @@
-"""A trained network as a model folder: what is stored, and the card that says what it is."""
+"""A trained network: how good it is, and what is kept of it in a model folder."""
 
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
+from torch import Tensor, nn
 
 from vovnet.data.coco import DetectionData
-from vovnet.evaluation import Metrics
+from vovnet.evaluation import IouType, Metrics, evaluate_coco, predict_images
 from vovnet.model_folder import ModelConfig
+from vovnet.models.deploy import DeployGraph
 from vovnet.models.zoo import task_of
+from vovnet.predict import Predictor
 from vovnet.preprocess import Preprocess
 from vovnet.training.build import model_overrides
 from vovnet.training.checkpoint import Position, library_version
 from vovnet.training.config import TrainConfig
+from vovnet.training.loop import StopSignals
+
+
+def evaluate_model(
+    detector: nn.Module,
+    data: DetectionData,
+    *,
+    preprocess: Preprocess,
+    iou_types: Sequence[IouType],
+    max_detections: int,
+    bootstrap: int = 0,
+    stop: StopSignals | None = None,
+) -> Metrics | None:
+    """Average precision of a detector by the way that prediction takes; None when stopped."""
+    device = next(detector.parameters()).device
+    graph = DeployGraph(detector, mean=preprocess.mean, std=preprocess.std).eval()
+    predictor = Predictor(graph, preprocess, data.class_names, device=device)
+    predictions: list[dict[str, Any]] = []
+    for found in predict_images(predictor, data):
+        predictions += found
+        if stop is not None and stop.received is not None:
+            return None
+    return evaluate_coco(
+        data,
+        predictions,
+        iou_types=iou_types,
+        max_detections=max_detections,
+        bootstrap=bootstrap,
+    )
 
 
 def stored_tensor(value: Tensor, half: bool) -> Tensor:

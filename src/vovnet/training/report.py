@@ -57,6 +57,11 @@ class ProgressReport:
             text = describe_step(record)
             self._progress.update(self._task, completed=spent_fraction, description=text)
 
+    def busy(self, text: str) -> None:
+        """What takes a while without steps; shown where there is a bar."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=text)
+
     def log(self, record: Record) -> None:
         """A line of metrics.jsonl; shown as a line where no bar shows it."""
         if self._progress is None:
@@ -112,10 +117,9 @@ def require_matplotlib() -> None:
 
 def draw_curves(path: Path, records: Sequence[Record]) -> None:
     """A PNG of the losses, the learning rate and AP over the steps."""
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(15, 4), layout="constrained"
-    )
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(15, 4))
     losses, rates, accuracy = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.12, top=0.92, wspace=0.15)
     steps = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "eval"]
     for name in steps[-1]["losses"] if steps else ():

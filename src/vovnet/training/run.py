@@ -2,26 +2,24 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from vovnet.data.augment import TrainBatch, TrainDataset, TrainPreset
 from vovnet.data.coco import DetectionData
 from vovnet.errors import ConfigError
-from vovnet.evaluation import IouType, Metrics, evaluate_coco, predict_images
+from vovnet.evaluation import Metrics
 from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import save_model_folder
-from vovnet.models.deploy import DeployGraph
 from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors
-from vovnet.predict import Predictor
 from vovnet.preprocess import Preprocess
 from vovnet.training.build import (
     build_detector,
@@ -53,7 +51,12 @@ from vovnet.training.loop import (
     train_steps,
 )
 from vovnet.training.optim import Ema, build_optimizer
-from vovnet.training.package import build_model_config, model_card, stored_tensor
+from vovnet.training.package import (
+    build_model_config,
+    evaluate_model,
+    model_card,
+    stored_tensor,
+)
 from vovnet.training.report import (
     ProgressReport,
     Record,
@@ -104,34 +107,8 @@ class _Run:
     ema: Ema
     position: Position
     report: ProgressReport
-
-
-def evaluate_model(
-    detector: nn.Module,
-    data: DetectionData,
-    *,
-    preprocess: Preprocess,
-    iou_types: Sequence[IouType],
-    max_detections: int,
-    bootstrap: int = 0,
-    stop: StopSignals | None = None,
-) -> Metrics | None:
-    """Average precision of a detector by the way that prediction takes; None when stopped."""
-    device = next(detector.parameters()).device
-    graph = DeployGraph(detector, mean=preprocess.mean, std=preprocess.std).eval()
-    predictor = Predictor(graph, preprocess, data.class_names, device=device)
-    predictions: list[dict[str, Any]] = []
-    for found in predict_images(predictor, data):
-        predictions += found
-        if stop is not None and stop.received is not None:
-            return None
-    return evaluate_coco(
-        data,
-        predictions,
-        iou_types=iou_types,
-        max_detections=max_detections,
-        bootstrap=bootstrap,
-    )
+    # Images and seconds of the latest steps, for the speed that is shown.
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=20))
 
 
 def train(
@@ -241,14 +218,14 @@ def _train_and_evaluate(run: _Run, dataset: TrainDataset) -> int | None:
     )
     saved_s = position.spent_s
     with StopSignals() as stop, run.report:
-        if _evaluation_due(run, budget):  # it was interrupted by what ended the run resumed here
-            _evaluate_and_keep_best(run, stop)
+        # One may be left over from before: it was stopped by what ended the run resumed here.
+        if _evaluation_due(run, budget) and not _evaluate_and_keep_best(run, stop):
+            return stop.received
         finished_s = time.monotonic()
         for record in records:
-            step_s = time.monotonic() - finished_s
-            _log_step(
-                run, record, step_s, position.epoch + position.batch / batches_per_epoch, budget
-            )
+            run.recent.append((record.num_images, time.monotonic() - finished_s))
+            epoch = position.epoch + position.batch / batches_per_epoch
+            _log_step(run, record, epoch, budget.spent_fraction(position))
             evaluated = _evaluation_due(run, budget) and _evaluate_and_keep_best(run, stop)
             due = position.spent_s - saved_s >= 60 * config.checkpoint_every_minutes
             if evaluated or due or stop.received is not None:
@@ -257,7 +234,7 @@ def _train_and_evaluate(run: _Run, dataset: TrainDataset) -> int | None:
             if stop.received is not None:
                 return stop.received
             finished_s = time.monotonic()
-        return stop.received
+    return None
 
 
 def _batches_of(
@@ -292,12 +269,12 @@ def _evaluation_due(run: _Run, budget: Budget) -> bool:
     return position.spent_s - position.evaluated_s >= 60 * config.eval_every_minutes
 
 
-def _log_step(run: _Run, step: StepRecord, step_s: float, epoch: float, budget: Budget) -> None:
+def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> None:
     position = run.position
     for name, value in step.losses.items():
         position.window_losses[name] = position.window_losses.get(name, 0.0) + value
     position.window_steps += 1
-    fraction = budget.spent_fraction(position)
+    images, seconds = (sum(values) for values in zip(*run.recent, strict=True))
     record: Record = {
         "kind": "train",
         "step": position.step,
@@ -305,7 +282,7 @@ def _log_step(run: _Run, step: StepRecord, step_s: float, epoch: float, budget: 
         "losses": {k: v / position.window_steps for k, v in position.window_losses.items()},
         "learning_rate": step.learning_rate,
         "gradient_norm": step.gradient_norm,
-        "images_per_s": step.num_images / max(step_s, 1e-9),
+        "images_per_s": images / max(seconds, 1e-9),
         "eta_s": position.spent_s * (1.0 - fraction) / fraction if fraction > 0 else None,
         "spent_s": position.spent_s,
     }
@@ -319,6 +296,7 @@ def _log_step(run: _Run, step: StepRecord, step_s: float, epoch: float, budget: 
 def _evaluate_and_keep_best(run: _Run, stop: StopSignals) -> bool:
     """Evaluate the averaged weights and keep them if they are the best; False when stopped."""
     config, position = run.config, run.position
+    run.report.busy(f"step {position.step}: evaluating")
     metrics = evaluate_model(
         run.ema.module,
         run.val_data,
@@ -362,8 +340,8 @@ def _restore(run: _Run, checkpoint: Checkpoint) -> None:
     load_tensors(run.ema.module, checkpoint.ema["module"], where=where)
     run.ema.load_state_dict(checkpoint.ema)
     run.optimizer.load_state_dict(checkpoint.optimizer)
-    for field in fields(Position):
-        setattr(run.position, field.name, getattr(checkpoint.position, field.name))
+    for entry in fields(Position):
+        setattr(run.position, entry.name, getattr(checkpoint.position, entry.name))
     restore_random_states(checkpoint.random_states)
     drop_records_after(run.folder / METRICS, run.position.step)
 
@@ -394,7 +372,6 @@ def _finish(run: _Run) -> TrainResult:
     folder = run.folder / "model"
     arrays = {name: value.numpy() for name, value in tensors.items()}
     save_model_folder(folder, model_config, arrays, card=model_card(model_config, metrics))
-    draw_curves(run.folder / "curves.png", read_records(run.folder / METRICS))
     run.report.message(f"{folder}: {metrics.format()}")
     return TrainResult(run_dir=run.folder, model_dir=folder, metrics=metrics)
 
@@ -407,12 +384,10 @@ def _checkpoint_file(resume: Path) -> Path:
 
 
 def _check_same_training(config: TrainConfig, saved: dict[str, Any], *, where: str) -> None:
-    previous = parse_config(saved, where=where)
-    for name in TrainConfig.model_fields:
-        if name in _FREE_ON_RESUME:
-            continue
-        expected, found = getattr(previous, name), getattr(config, name)
-        if expected != found:
+    previous = parse_config(saved, where=where).model_dump(mode="json")
+    for name, found in config.model_dump(mode="json").items():
+        expected = previous[name]
+        if name not in _FREE_ON_RESUME and expected != found:
             raise ConfigError(
                 f"resume: expected {name} {expected!r} as in {where}, found {found!r}"
             )

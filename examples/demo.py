@@ -1,0 +1,150 @@
+"""The main job on one real image: what is found, how long each stage takes, what it costs.
+
+Run by `make demo`. Options: --model FOLDER_OR_NAME, --repeats N, --threads N, --output FILE.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from vovnet.data.coco import Annotation, DetectionData, ImageRecord
+from vovnet.errors import ConfigError, DataError
+from vovnet.evaluation import evaluate_coco, predict_images
+from vovnet.images import read_image
+from vovnet.predict import Predictor
+from vovnet.predict_files import save_picture
+from vovnet.profiling.count import count_macs, count_parameters
+from vovnet.profiling.energy import measure_energy
+from vovnet.profiling.latency import summary
+
+ASSETS = Path(__file__).parent.parent / "assets"
+IMAGE, LABELS = ASSETS / "nuclei.tif", ASSETS / "nuclei_mask.png"
+MODEL = "nuclei"
+
+
+def labelled_image() -> DetectionData:
+    """The demo image with its labelled nuclei as a data set of one image."""
+    labels = np.array(Image.open(LABELS))
+    annotations = []
+    for number in np.unique(labels[labels > 0]).tolist():
+        mask = np.asfortranarray(labels == number, dtype=np.uint8)
+        rle = coco_mask.encode(mask)
+        x, y, width, height = coco_mask.toBbox(rle).tolist()
+        annotations.append(
+            Annotation(
+                id=number,
+                label=0,
+                box_xyxy=(x, y, x + width, y + height),
+                segmentation=rle,
+                area=float(mask.sum()),
+                is_crowd=False,
+            )
+        )
+    record = ImageRecord(
+        id=1,
+        path=IMAGE,
+        height=labels.shape[0],
+        width=labels.shape[1],
+        annotations=tuple(annotations),
+    )
+    return DetectionData(
+        images=(record,), class_names=("nucleus",), category_ids=(1,), annotation_file=LABELS
+    )
+
+
+def time_stages(predictor: Predictor, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each stage, `repeats` times over, after two runs to warm up."""
+    times: dict[str, list[float]] = {
+        "read and decode": [],
+        "preprocess": [],
+        "network": [],
+        "postprocess": [],
+    }
+    for repeat in range(repeats + 2):
+        marks = [time.perf_counter()]
+        image = read_image(IMAGE)
+        marks.append(time.perf_counter())
+        resized = predictor.preprocess.resize(image)
+        batch = predictor.preprocess.batch([resized])
+        marks.append(time.perf_counter())
+        raw = predictor.infer(*batch)
+        marks.append(time.perf_counter())
+        predictor.postprocess(raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2])
+        marks.append(time.perf_counter())
+        if repeat >= 2:
+            for values, start, end in zip(times.values(), marks, marks[1:], strict=False):
+                values.append(end - start)
+    return times
+
+
+def print_accuracy(model: str, predictor: Predictor, data: DetectionData) -> None:
+    """Counted against labelled objects, and AP50 at the model's own detection limit."""
+    found = predictor(IMAGE)
+    labelled = len(data.images[0].annotations)
+    print(f"found         {len(found)} nuclei, {labelled} are labelled")
+    ranker = Predictor.load(model, score_threshold=0.0)
+    predictions = [entry for part in predict_images(ranker, data) for entry in part]
+    metrics = evaluate_coco(data, predictions, max_detections=ranker.max_detections)
+    box, mask = metrics.by_type["bbox"].ap50, metrics.by_type["segm"].ap50
+    print(
+        f"AP50          box {box:.3f}, mask {mask:.3f} on this image "
+        f"(at most {metrics.max_detections} detections)"
+    )
+
+
+def print_cost(predictor: Predictor, repeats: int) -> None:
+    """Time of each stage, FPS, MACs, parameters, energy."""
+    times = time_stages(predictor, repeats)
+    for stage, values in times.items():
+        print(f"{stage:<18}{summary(values).format()}")
+    whole = summary([sum(stages) for stages in zip(*times.values(), strict=True)])
+    print(f"{'all stages':<18}{whole.format()}")
+    print(f"{'speed':<18}{1000 / whole.median_ms:.2f} images/s, {torch.get_num_threads()} threads")
+    resized = predictor.preprocess.resize(read_image(IMAGE))
+    batch = predictor.preprocess.batch([resized])
+    inputs = tuple(torch.from_numpy(part) for part in batch)
+    macs = count_macs(predictor.graph, inputs)
+    height, width = batch[0].shape[1:3]
+    print(f"{'macs':<18}{macs / 1e9:.2f} G (input {height} x {width}, masks of what was found)")
+    print(f"{'parameters':<18}{count_parameters(predictor.graph) / 1e6:.2f} M")
+
+    def run() -> int:
+        predictor.infer(*batch)
+        return 1
+
+    print(f"{'energy':<18}{measure_energy(run).format()}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=MODEL, help="model folder or bundled model")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo/nuclei.png"))
+    options = parser.parse_args()
+    try:
+        predictor = Predictor.load(options.model, threads=options.threads)
+        data = labelled_image()
+        print(
+            f"image         {IMAGE.name}, {data.images[0].width} x {data.images[0].height} pixels"
+        )
+        print_accuracy(options.model, predictor, data)
+        print_cost(predictor, options.repeats)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        image = read_image(IMAGE)
+        save_picture(options.output, image, predictor(image))
+        print(f"{'picture':<18}{options.output}")
+    except (ConfigError, DataError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line: main.py holds what the user sees, one file per verb what it does."""

@@ -1,0 +1,105 @@
+"""Prediction over many files: bad ones are named and passed over, good ones are never lost."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vovnet.drawing import draw_detections
+from vovnet.errors import ImageError
+from vovnet.files import atomic_path, atomic_write_json, atomic_write_text
+from vovnet.images import count_pages, read_image
+from vovnet.predict import Predictor
+from vovnet.results import Detections
+
+RESULTS, LINES = "results.json", "results.jsonl"
+
+
+@dataclass(slots=True)
+class FilesReport:
+    """What became of the files of one run."""
+
+    images: int = 0
+    objects: int = 0
+    errors: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+
+def predict_files(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    output_dir: Path,
+    *,
+    save_pictures: bool = True,
+    tile: int | None = None,
+    overlap: int = 128,
+    on_image: Callable[[Path, Detections], None] = lambda path, found: None,
+    on_error: Callable[[str], None] = lambda text: None,
+) -> FilesReport:
+    """Detections of every page of every file, written to output_dir.
+
+    results.json holds COCO results, results.jsonl a line per image with its id, file, page and
+    objects; with save_pictures each image is drawn as PNG. tile and overlap in pixels (see
+    Predictor.tiled); tile None looks at the whole image at once. A file that cannot be read is
+    reported and passed over. Ctrl-C ends the run after what is done has been written.
+    """
+    report = FilesReport()
+    coco: list[dict[str, Any]] = []
+    lines: list[str] = []
+    taken: set[Path] = set()
+    try:
+        for path, page, image in _pages(paths, report, on_error):
+            found = (
+                predictor(image)
+                if tile is None
+                else predictor.tiled(image, tile=tile, overlap=overlap)
+            )
+            report.images += 1
+            report.objects += len(found)
+            entry = {"image_id": report.images, "file": str(path), "page": page}
+            lines.append(json.dumps(entry | found.to_json()))
+            coco += found.to_coco(report.images, predictor.category_ids)
+            if save_pictures:
+                save_picture(_free_name(output_dir, path, page, taken), image, found)
+            on_image(path, found)
+    except KeyboardInterrupt:
+        report.interrupted = True
+    atomic_write_json(output_dir / RESULTS, coco, indent=None)
+    atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
+    return report
+
+
+def save_picture(path: Path, image: NDArray[np.uint8], found: Detections) -> None:
+    """Writes the image, uint8 (H, W, 3) RGB, with its detections drawn; the file appears whole."""
+    with atomic_path(path) as temporary:
+        picture = Image.fromarray(draw_detections(image, found))
+        picture.save(temporary, format="PNG", compress_level=1)
+
+
+def _pages(
+    paths: Sequence[Path], report: FilesReport, on_error: Callable[[str], None]
+) -> Iterator[tuple[Path, int, NDArray[np.uint8]]]:
+    for path in paths:
+        try:
+            for page in range(count_pages(path)):
+                yield path, page, read_image(path, page=page)
+        except ImageError as error:
+            report.errors.append(str(error))
+            on_error(str(error))
+
+
+def _free_name(output_dir: Path, path: Path, page: int, taken: set[Path]) -> Path:
+    """A picture name that no other file of this run has; pages after the first are numbered."""
+    suffix = f"_page{page + 1}" if page else ""
+    name = output_dir / f"{path.stem}{suffix}.png"
+    number = 2
+    while name in taken:
+        name = output_dir / f"{path.stem}{suffix}_{number}.png"
+        number += 1
+    taken.add(name)
+    return name

@@ -1,0 +1,145 @@
+"""Names, settings and weights of models; wrong ones are refused with a useful sentence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vovnet.errors import ConfigError
+from vovnet.models.centermask import CenterMask
+from vovnet.models.fcos import FCOS
+from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
+from vovnet.models.zoo import create_model, list_models, task_of
+from vovnet.profiling.count import count_parameters
+
+SMALL = "ese_vovnet19b_slim_dw"
+
+
+def test_every_listed_model_can_be_built() -> None:
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        kinds = {"classify": torch.nn.Module, "detect": FCOS, "segment": CenterMask}
+        assert isinstance(model, kinds[task_of(name)])
+
+
+def test_listing_by_pattern_and_task() -> None:
+    assert list_models("ese_vovnet39b") == ["ese_vovnet39b"]
+    assert all(name.startswith("centermask") for name in list_models(task="segment"))
+    assert list_models("no such model") == []
+
+
+def test_lite_is_smaller_where_the_paper_says() -> None:
+    with torch.device("meta"):
+        full = create_model("centermask_ese_vovnet19b_slim")
+        lite = create_model("centermask_lite_ese_vovnet19b_slim")
+    assert full.fcos.neck.p6.in_channels == 256
+    assert lite.fcos.neck.p6.in_channels == 128
+    assert len(full.mask_head.convs) == len(full.fcos.head.cls_tower) // 3 == 4
+    assert len(lite.mask_head.convs) == len(lite.fcos.head.cls_tower) // 3 == 2
+    assert count_parameters(lite) < count_parameters(full) / 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"name": "ese_vovnet39c"}, "ese_vovnet39b"),
+        ({"name": "centermask_lite_resnet50"}, "expected a known name"),
+        ({"name": SMALL, "overrides": {"max_detections": 5}}, "expected one of"),
+        ({"name": f"fcos_{SMALL}", "overrides": {"nms_treshold": 0.5}}, "nms_threshold"),
+        ({"name": f"fcos_{SMALL}", "features_only": True}, "expected a backbone"),
+        ({"name": "ese_vovnet19b", "pretrained": True}, "ese_vovnet57b"),
+        ({"name": SMALL, "checkpoint_path": "no/such/file.pth"}, "found none at"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(call: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model(**call)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
+    source = create_model(SMALL, num_classes=3)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        wrapped = {f"module.{k}": v for k, v in source.state_dict().items()}
+        torch.save({"state_dict": wrapped, "epoch": 3}, path)
+    else:
+        save_file(source.state_dict(), path)
+    loaded = create_model(SMALL, num_classes=3, checkpoint_path=path)
+    for name, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+class Payload:
+    """A pickle that would write a file when loaded carelessly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_hostile_files_are_refused_and_run_nothing(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    torch.save({"a": Payload(trap)}, tmp_path / "pickle.pth")
+    (tmp_path / "short.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("pickle.pth", "short.safetensors", "empty.pth", "list.pth"):
+        with pytest.raises(ConfigError, match=name):
+            read_weights(tmp_path / name)
+    assert not trap.exists()
+
+
+def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    weights = create_model(SMALL, num_classes=3).state_dict()
+    weights.pop("stem.0.bn.bias")
+    weights["extra"] = torch.zeros(1)
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        create_model(SMALL, num_classes=4, checkpoint_path=tmp_path / "w.safetensors")
+    text = str(caught.value)
+    assert "1 missing: stem.0.bn.bias" in text
+    assert "1 unexpected: extra" in text
+    assert "head.fc.weight (expected (4, 512), found (3, 512))" in text
+
+
+def test_a_classifier_starts_a_detector_even_with_frozen_norm() -> None:
+    classifier = create_model("ese_vovnet19b_slim")
+    detector = create_model("fcos_ese_vovnet19b_slim", overrides={"norm": "frozen_bn"})
+    load_backbone(detector.backbone, classifier.state_dict(), where="test")
+    assert torch.equal(
+        detector.backbone.state_dict()["stages.3.blocks.0.attn.fc.weight"],
+        classifier.state_dict()["stages.3.blocks.0.attn.fc.weight"],
+    )
+
+
+def test_published_weights_offline_name_the_file(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors of hub repository timm/ese_vovnet39b"
+    ):
+        fetch_published("ese_vovnet39b")
+
+
+def test_published_weights_go_into_models_and_backbones(monkeypatch, tmp_path: Path) -> None:
+    published = create_model("ese_vovnet19b_dw")
+    path = tmp_path / "model.safetensors"
+    save_file(published.state_dict(), path)
+    asked = []
+    monkeypatch.setattr(
+        "vovnet.models.weights.hf_hub_download",
+        lambda repository, file: asked.append((repository, file)) or str(path),
+    )
+    whole = create_model("ese_vovnet19b_dw", pretrained=True)
+    other = create_model("ese_vovnet19b_dw", pretrained=True, num_classes=4)
+    detector = create_model("fcos_lite_ese_vovnet19b_dw", pretrained=True)
+    assert set(asked) == {(PUBLISHED["ese_vovnet19b_dw"].hub_repository, "model.safetensors")}
+    key = "stem.0.conv.weight"
+    for model in (whole, other, detector.backbone):
+        assert torch.equal(model.state_dict()[key], published.state_dict()[key])
+    assert torch.equal(whole.head.fc.weight, published.head.fc.weight)

@@ -1,0 +1,344 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vovnet.data.coco import Annotation, DetectionData, ImageRecord, to_coco_dict
+from vovnet.evaluation import _collect_matches, evaluate_coco, predict_images, resampled_precision
+from vovnet.results import Detections, MaskCrop
+
+SIZE = 240
+
+
+def encode(box: tuple[float, float, float, float]) -> dict[str, Any]:
+    """An ellipse in the box, as RLE."""
+    x1, y1, x2, y2 = box
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    inside = ((x - (x1 + x2) / 2) / (x2 - x1)) ** 2 + ((y - (y1 + y2) / 2) / (y2 - y1)) ** 2 < 0.25
+    return mask_api.encode(np.asfortranarray(inside.astype(np.uint8)))
+
+
+def make_data(
+    *, images: int = 6, objects: int = 12, seed: int = 0, category_ids: tuple[int, ...] = (3, 8)
+) -> DetectionData:
+    """Random ellipses, a tenth of them crowds, ids from 0 on, the last image without objects."""
+    generator = np.random.default_rng(seed)
+    records, next_id = [], 0
+    for number in range(images):
+        annotations = []
+        for _ in range(objects if number < images - 1 else 0):
+            size = generator.uniform(8, 120, 2)
+            x1, y1 = generator.uniform(0, SIZE - size)
+            box = (float(x1), float(y1), float(x1 + size[0]), float(y1 + size[1]))
+            rle = encode(box)
+            annotations.append(
+                Annotation(
+                    id=next_id,
+                    label=int(generator.integers(len(category_ids))),
+                    box_xyxy=box,
+                    segmentation={"size": rle["size"], "counts": rle["counts"]},
+                    area=float(mask_api.area(rle)),
+                    is_crowd=bool(generator.random() < 0.1),
+                )
+            )
+            next_id += 1
+        path = Path(f"{number}.png")
+        records.append(ImageRecord(10 * number, path, SIZE, SIZE, tuple(annotations)))
+    names = tuple(f"class {category_id}" for category_id in category_ids)
+    return DetectionData(tuple(records), names, category_ids, Path("made.json"))
+
+
+def make_predictions(
+    data: DetectionData, *, seed: int = 1, false: int = 5, jitter: float = 4.0
+) -> list[dict[str, Any]]:
+    """Most objects a little off, some with the wrong class, and some that are not there."""
+    generator = np.random.default_rng(seed)
+    predictions = []
+    for record in data.images:
+        boxes = [(a.box_xyxy, a.label) for a in record.annotations if generator.random() < 0.85]
+        for _ in range(false):
+            x1, y1 = generator.uniform(0, SIZE - 60, 2)
+            boxes.append(((x1, y1, x1 + 40, y1 + 50), 0))
+        for box, label in boxes:
+            moved = np.array(box) + generator.normal(0, jitter, 4)
+            x1, y1 = np.minimum(moved[:2], moved[2:] - 2)
+            x2, y2 = moved[2:]
+            label = label if generator.random() < 0.9 else 0
+            rle = encode((x1, y1, x2, y2))
+            predictions.append(
+                {
+                    "image_id": record.id,
+                    "category_id": data.category_ids[label],
+                    "bbox": [float(x1), float(y1), float(x2 - x1), float(y2 - y1)],
+                    "score": float(generator.random()),
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                }
+            )
+    return predictions
+
+
+def run_pycocotools(
+    data: DetectionData, predictions: list[dict[str, Any]], iou_type: str
+) -> COCOeval:
+    """pycocotools in its own way: loadRes, its own limits, its own summary."""
+    truth = COCO()
+    content = to_coco_dict(data)
+    truth.dataset = content | {
+        "annotations": [a | {"id": i} for i, a in enumerate(content["annotations"], 1)]
+    }
+    truth.createIndex()
+    # With a box in a result, loadRes takes the box's area for the mask's.
+    unwanted = {"bbox": "segmentation", "segm": "bbox"}[iou_type]
+    results = [{k: v for k, v in p.items() if k != unwanted} for p in predictions]
+    evaluator = COCOeval(truth, truth.loadRes(results), iou_type)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return evaluator
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_figures_are_those_of_pycocotools(seed, iou_type):
+    data = make_data(seed=seed)
+    predictions = make_predictions(data, seed=seed)
+    stats = run_pycocotools(data, predictions, iou_type).stats
+    found = evaluate_coco(data, predictions).by_type[iou_type]
+    figures = [found.ap, found.ap50, found.ap75, found.ap_small, found.ap_medium, found.ap_large]
+    np.testing.assert_array_equal([*figures, found.ar], [*stats[:6], stats[8]])
+    assert 0.05 < found.ap < 0.9  # neither all nor nothing
+
+
+def test_nothing_is_printed(capsys):
+    data = make_data(images=2)
+    evaluate_coco(data, make_predictions(data))
+    assert capsys.readouterr().out == ""
+
+
+def average_precision(data: DetectionData, predictions: list[dict[str, Any]], limit: int) -> float:
+    """Box AP of one class without crowds, restated: one overlap at a time, one image at a time."""
+    recalls = np.linspace(0, 1, 101)
+    values = []
+    for threshold in np.arange(0.5, 1.0, 0.05):
+        scores, hits = [], []
+        for record in data.images:
+            own = [p for p in predictions if p["image_id"] == record.id]
+            own = sorted(own, key=lambda p: -p["score"])[:limit]
+            left = [a.box_xyxy for a in record.annotations]
+            for prediction in own:
+                x, y, width, height = prediction["bbox"]
+                overlaps = [iou((x, y, x + width, y + height), box) for box in left]
+                best = int(np.argmax(overlaps)) if overlaps else -1
+                hit = best >= 0 and overlaps[best] >= threshold
+                if hit:
+                    left.pop(best)
+                scores.append(prediction["score"])
+                hits.append(hit)
+        true = np.cumsum(np.array(hits)[np.argsort(-np.array(scores), kind="stable")])
+        precision = true / np.arange(1, len(true) + 1)
+        recall = true / sum(len(record.annotations) for record in data.images)
+        values += [max(precision[recall >= r], default=0.0) for r in recalls]
+    return float(np.mean(values))
+
+
+def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+def make_grid(rows: int) -> tuple[DetectionData, list[dict[str, Any]]]:
+    """Two images of rows x rows separate boxes, each found once, up to a few pixels off."""
+    generator = np.random.default_rng(0)
+    records, predictions = [], []
+    for image_id in (1, 2):
+        annotations = []
+        for index in range(rows * rows):
+            x, y = 20.0 * (index % rows), 20.0 * (index // rows)
+            box = (x, y, x + 14, y + 14)
+            annotations.append(Annotation(index, 0, box, None, 196.0, False))
+            offset = generator.uniform(-3, 3, 2)
+            score = float(generator.random())
+            bbox = [x + offset[0], y + offset[1], 14.0, 14.0]
+            entry = {"image_id": image_id, "category_id": 1, "bbox": bbox, "score": score}
+            predictions.append(entry)
+        records.append(ImageRecord(image_id, Path("a.png"), 500, 500, tuple(annotations)))
+    return DetectionData(tuple(records), ("nucleus",), (1,), Path("made.json")), predictions
+
+
+@pytest.mark.parametrize("limit", [10, 100, 500])
+def test_other_limits_equal_a_restatement(limit):
+    data, predictions = make_grid(14)  # 196 objects in an image
+    metrics = evaluate_coco(data, predictions, iou_types=("bbox",), max_detections=limit)
+    expected = average_precision(data, predictions, limit)
+    assert metrics.by_type["bbox"].ap == pytest.approx(expected, abs=1e-9)
+    assert f"at most {limit} detections" in metrics.format()
+    assert metrics.to_dict()["max_detections"] == limit
+
+
+def test_no_predictions_and_no_objects():
+    data = make_data(images=3)
+    figures = evaluate_coco(data, []).by_type["segm"]
+    assert (figures.ap, figures.ar) == (0.0, 0.0)
+    assert math.isnan(figures.best_f1)
+    bare = replace(data, images=tuple(replace(image, annotations=()) for image in data.images))
+    for predictions in ([], make_predictions(data)):
+        metrics = evaluate_coco(bare, predictions, bootstrap=3)
+        assert math.isnan(metrics.main_ap())
+        assert metrics.to_dict()["mask"]["ap"] is None
+        assert "AP n/a" in metrics.format()
+
+
+def test_crowds_neither_count_nor_punish():
+    data = make_data(images=2, objects=1)
+    crowd = replace(data.images[0].annotations[0], is_crowd=True, label=0)
+    box = (5.0, 5.0, 60.0, 60.0)
+    rle = encode(box)
+    plain = Annotation(9, 0, box, {"size": rle["size"], "counts": rle["counts"]}, 2000.0, False)
+    image = replace(data.images[0], annotations=(crowd, plain))
+    data = replace(data, images=(image,))
+    predictions = [
+        prediction | {"category_id": data.category_ids[0], "score": score}
+        for (prediction, score) in zip(
+            make_predictions(replace(data, images=(image,)), false=0, jitter=0.01)[:2],
+            (0.9, 0.5),
+            strict=False,
+        )
+    ]
+    figures = evaluate_coco(data, predictions).by_type
+    assert figures["bbox"].ap50 in (0.0, 1.0)
+    assert figures["bbox"].ap_per_class[0] == figures["bbox"].ap
+    assert math.isnan(figures["bbox"].ap_per_class[1])
+
+
+def test_masks_are_ranked_by_their_own_score():
+    data = make_data(images=2, objects=4, category_ids=(1,))
+    predictions = make_predictions(data, false=6)
+    turned = [p | {"mask_score": 1.0 - p["score"]} for p in predictions]
+    swapped = [p | {"score": 1.0 - p["score"]} for p in predictions]
+    result = evaluate_coco(data, turned).by_type
+    assert result["segm"] == evaluate_coco(data, swapped).by_type["segm"]
+    assert result["bbox"] == evaluate_coco(data, predictions).by_type["bbox"]
+
+
+def test_best_f1_is_that_of_its_threshold():
+    data, predictions = make_grid(5)
+    wrong = [p | {"bbox": [490.0, 490.0, 5.0, 5.0], "score": 0.3} for p in predictions[:20]]
+    figures = evaluate_coco(data, predictions + wrong, iou_types=("bbox",)).by_type["bbox"]
+    shown = [p for p in predictions + wrong if p["score"] >= figures.best_f1_score]
+    again = evaluate_coco(data, shown, iou_types=("bbox",)).by_type["bbox"]
+    assert again.best_f1 == figures.best_f1
+    hits = sum(
+        iou(
+            (x, y, x + w, y + h),
+            (
+                20 * round(x / 20),
+                20 * round(y / 20),
+                20 * round(x / 20) + 14,
+                20 * round(y / 20) + 14,
+            ),
+        )
+        >= 0.5
+        for x, y, w, h in (p["bbox"] for p in shown)
+    )
+    assert figures.best_f1 == pytest.approx(2 * hits / (len(shown) + 50))
+
+
+def weighted_ap(
+    data: DetectionData, predictions: list[dict[str, Any]], weights: list[int]
+) -> float:
+    evaluator = run_pycocotools(data, predictions, "bbox")
+    values = [
+        resampled_precision(entry, np.array(weights)) for entry in _collect_matches(evaluator)
+    ]
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def test_a_resample_equals_the_data_set_it_stands_for():
+    data = make_data(images=5)
+    predictions = make_predictions(data)
+    whole = evaluate_coco(data, predictions).by_type["bbox"].ap
+    assert weighted_ap(data, predictions, [1] * 5) == pytest.approx(whole, abs=1e-12)
+    weights = [3, 0, 1, 2, 1]
+    images, copies = [], []
+    for image, weight in zip(data.images, weights, strict=True):
+        for copy in range(weight):
+            image_id = image.id + copy + 1
+            images.append(replace(image, id=image_id))
+            copies += [p | {"image_id": image_id} for p in predictions if p["image_id"] == image.id]
+    expected = evaluate_coco(replace(data, images=tuple(images)), copies).by_type["bbox"].ap
+    assert weighted_ap(data, predictions, weights) == pytest.approx(expected, abs=1e-12)
+
+
+def test_intervals_hold_the_figure_and_repeat():
+    data = make_data(images=12, objects=6)
+    predictions = make_predictions(data)
+    metrics = evaluate_coco(data, predictions, bootstrap=60, seed=3)
+    for figures in metrics.by_type.values():
+        low, high = figures.ap_interval
+        assert low < figures.ap < high
+        low, high = figures.ap50_interval
+        assert low < figures.ap50 < high
+    assert metrics == evaluate_coco(data, predictions, bootstrap=60, seed=3)
+    assert metrics != evaluate_coco(data, predictions, bootstrap=60, seed=4)
+    assert "95 % of 60 resamples" in metrics.format()
+    assert metrics.to_dict()["mask"]["ap_interval"] == list(metrics.by_type["segm"].ap_interval)
+
+
+def without_mask(predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in p.items() if k != "segmentation"} for p in predictions]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda p: [p[0] | {"image_id": 77}], {}, r"predictions\[0\]: .*made\.json, got 77"),
+        (without_mask, {}, r"predictions\[0\]: expected a segmentation as RLE .* got NoneType"),
+        (lambda p: p, {"max_detections": 0}, "max_detections >= 1"),
+        (lambda p: p, {"bootstrap": -1}, "bootstrap >= 0"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    options: dict[str, int],
+    message: str,
+):
+    data = make_data(images=2)
+    with pytest.raises(ValueError, match=message):
+        evaluate_coco(data, change(make_predictions(data)), **options)
+
+
+def find_square(class_names: tuple[str, ...]) -> Callable[[np.ndarray], Detections]:
+    def predict(image: np.ndarray) -> Detections:
+        return Detections(
+            boxes_xyxy=np.array([[2, 3, 12, 13]], dtype=np.float32),
+            scores=np.array([0.5], dtype=np.float32),
+            labels=np.array([1]),
+            image_size=image.shape[:2],
+            class_names=class_names,
+            masks=(MaskCrop(x=2, y=3, pixels=np.ones((10, 10), dtype=bool)),),
+            mask_scores=np.array([0.25], dtype=np.float32),
+        )
+
+    return predict
+
+
+def test_predictions_of_a_data_set(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    image = ImageRecord(5, tmp_path / "a.png", 20, 30, ())
+    data = DetectionData((image,), ("cat", "dog"), (3, 8), Path("made.json"))
+    ((result,),) = predict_images(find_square(("cat", "dog")), data)
+    assert (result["image_id"], result["category_id"]) == (5, 8)
+    assert (result["bbox"], result["score"], result["mask_score"]) == ([2, 3, 10, 10], 0.5, 0.25)
+    with pytest.raises(ValueError, match=r"expected the classes .*dog.* got .*bird"):
+        list(predict_images(find_square(("cat", "bird")), data))
