@@ -40,7 +40,7 @@ class Predictor:
         device: str | torch.device = "cpu",
         score_threshold: ScoreThreshold | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = choose_device(str(device))
         self.graph = graph.to(self.device).to(memory_format=torch.channels_last)
         self.preprocess = preprocess
         self.class_names = class_names
@@ -54,7 +54,7 @@ class Predictor:
         cls,
         folder_or_name: str | Path,
         *,
-        device: str = "cpu",
+        device: str = "auto",
         threads: int | None = None,
         score_threshold: ScoreThreshold | None = None,
         max_detections: int | None = None,
@@ -172,6 +172,19 @@ class Predictor:
             whole = ~_cut_by_tile(found, top, left, (height, width), overlap)
             parts.append(found[whole].moved(left, top, (height, width)))
         return _merge_tiles(Detections.concatenate(parts))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, the first GPU for `auto` where there is one; raises ConfigError."""
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
+    return device
 
 
 def build_model(folder: Path, *, max_detections: int | None = None) -> torch.nn.Module:

@@ -24,7 +24,7 @@ Data = Annotated[
     Path, typer.Option(help="Data set: annotations/SPLIT.json (COCO) and images beside it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[
     int | None, typer.Option(min=1, help="Objects per image; default: the model's own limit.")
@@ -135,7 +135,7 @@ def val(
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     max_detections: MaxDetections = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for the intervals.")] = 200,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -158,7 +158,7 @@ def predict(
     max_detections: MaxDetections = None,
     tile: Annotated[int | None, typer.Option(min=32, help="Look at tiles of this side.")] = None,
     overlap: Annotated[int, typer.Option(min=0, help="Pixels that tiles share.")] = 128,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:

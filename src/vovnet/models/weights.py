@@ -74,8 +74,8 @@ def fetch_published(name: str) -> dict[str, Tensor]:
         path = hf_hub_download(repository, "model.safetensors")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"pretrained {name}: model.safetensors of hub repository {repository} is neither cached "
-            f"nor reachable ({type(error).__name__}); download that file elsewhere and give its "
+            f"pretrained {name}: model.safetensors of hub repository {repository} is neither "
+            f"cached nor reachable ({type(error).__name__}); download it elsewhere and give its "
             "path instead"
         ) from error
     return read_weights(Path(path))

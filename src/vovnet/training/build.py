@@ -105,16 +105,3 @@ def iou_types_of(config: TrainConfig, data: DetectionData) -> tuple[IouType, ...
     """The overlaps that can be evaluated: of masks too where the model and the data have them."""
     with_masks = task_of(config.model) == "segment" and has_masks(data)
     return ("bbox", "segm") if with_masks else ("bbox",)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name, the first GPU for `auto` where there is one; raises ConfigError."""
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
-    return device

@@ -20,11 +20,11 @@ from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import save_model_folder
 from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors
+from vovnet.predict import choose_device
 from vovnet.preprocess import Preprocess
 from vovnet.training.build import (
     build_detector,
     build_preprocess,
-    choose_device,
     iou_types_of,
     load_splits,
 )

@@ -1,0 +1,35 @@
+"""What tests of several modules share: a small model folder with random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vovnet.model_folder import ModelConfig, save_model_folder
+from vovnet.models.zoo import create_model
+from vovnet.preprocess import Preprocess
+
+SMALL_DETECTOR = "centermask_lite_ese_vovnet19b_slim_dw"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A segmenter of two classes that finds 20 arbitrary objects in any image."""
+    torch.manual_seed(0)
+    overrides = {"mask_iou_width": 16, "max_detections": 20, "score_threshold": 0.0}
+    model = create_model(SMALL_DETECTOR, num_classes=2, overrides=overrides)
+    torch.nn.init.normal_(model.mask_head.predictor.weight)
+    torch.nn.init.constant_(model.mask_iou_head.iou.bias, 0.5)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    config = ModelConfig(
+        architecture=SMALL_DETECTOR,
+        model_args={"num_classes": 2, "overrides": overrides},
+        task="segment",
+        class_names=["cat", "dog"],
+        category_ids=[7, 3],
+        preprocess=Preprocess(scale=1.5).to_dict(),
+        licence="Apache-2.0",
+    )
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    save_model_folder(folder, config, tensors, card="# small\n")
+    return folder
