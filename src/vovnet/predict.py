@@ -229,7 +229,9 @@ def _pixel_range(low: float, high: float, limit: int) -> tuple[int, int]:
 def _bilinear_weights(
     start: int, stop: int, low: float, high: float, cells: int
 ) -> NDArray[np.float32]:
-    """(stop - start, cells): how much each cell counts at each pixel centre; nothing lies outside."""
+    """(stop - start, cells): how much each cell counts at each pixel centre; nothing lies
+    outside.
+    """
     centres = np.arange(start, stop, dtype=np.float32) + 0.5
     position = (centres - low) / max(high - low, 1e-6) * cells - 0.5
     distance = np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
@@ -263,7 +265,9 @@ def _tile_starts(side: int, tile: int, overlap: int) -> list[int]:
 def _cut_by_tile(
     found: Detections, top: int, left: int, image_size: tuple[int, int], overlap: int
 ) -> NDArray[np.bool_]:
-    """Which detections an inner border of their tile cuts, though a neighbour can hold them whole."""
+    """Which detections an inner border of their tile cuts, though a neighbour can hold them
+    whole.
+    """
     height, width = found.image_size
     x0, y0, x1, y1 = found.boxes_xyxy.T
     cut: NDArray[np.bool_] = ((x0 < 1) & (left > 0)) | ((y0 < 1) & (top > 0))

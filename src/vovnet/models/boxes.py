@@ -30,7 +30,9 @@ class Target:
 
 
 def grid_points(height: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """Locations (height * width, 2) as x, y in input pixels: stride * index + stride // 2 (FCOS)."""
+    """Locations (height * width, 2) as x, y in input pixels: stride * index + stride // 2
+    (FCOS).
+    """
     y = torch.arange(height, device=device) * stride + stride // 2
     x = torch.arange(width, device=device) * stride + stride // 2
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -38,7 +40,9 @@ def grid_points(height: int, width: int, stride: int, device: torch.device) -> T
 
 
 def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
-    """Points (..., 2) and distances to left, top, right, bottom (..., 4) in pixels to boxes xyxy."""
+    """Points (..., 2) and distances to left, top, right, bottom (..., 4) in pixels to boxes
+    xyxy.
+    """
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
 
 

@@ -136,7 +136,9 @@ class CenterMask(nn.Module):
         return self.fcos.backbone
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The raw outputs of FCOS; masks belong to boxes, so loss and detect call the second stage."""
+        """The raw outputs of FCOS; masks belong to boxes, so loss and detect call the
+        second stage.
+        """
         return self.fcos(images)  # type: ignore[no-any-return]
 
     def loss(
@@ -247,7 +249,9 @@ def _mask_truth(
     targets: Sequence[Target],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """True masks (M, 28, 28) inside the boxes, and the part of each object (M,) that its box holds."""
+    """True masks (M, 28, 28) inside the boxes, and the part of each object (M,) that its
+    box holds.
+    """
     masks, fractions = [], []
     for box, match, target in zip(boxes, matches, targets, strict=True):
         if len(box) == 0:

@@ -107,7 +107,9 @@ class FCOS(nn.Module):
         self.config = config
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Raw outputs: those of FCOSHead, and the pyramid as p3 to p7 (B, neck_channels, H_l, W_l)."""
+        """Raw outputs: those of FCOSHead, and the pyramid as p3 to p7 (B, neck_channels,
+        H_l, W_l).
+        """
         pyramid = self.neck(self.backbone(images))
         levels = {f"p{level}": feature for level, feature in enumerate(pyramid, start=3)}
         return self.head(pyramid) | levels  # type: ignore[no-any-return]
@@ -115,11 +117,15 @@ class FCOS(nn.Module):
     def loss(
         self, raw: dict[str, Tensor], targets: Sequence[Target], sizes: Tensor
     ) -> dict[str, Tensor]:
-        """loss_cls, loss_box, loss_centerness (scalars) of a batch; sizes (B, 2) is not used here."""
+        """loss_cls, loss_box, loss_centerness (scalars) of a batch; sizes (B, 2) is not
+        used here.
+        """
         return fcos_loss(raw, targets, self.config)
 
     def detect(self, raw: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
-        """boxes (B, K, 4) in input pixels, not clipped; scores, labels, valid (B, K), best first."""
+        """boxes (B, K, 4) in input pixels, not clipped; scores, labels, valid (B, K), best
+        first.
+        """
         return fcos_detect(raw, self.config, max_detections=self.config.max_detections)
 
 
@@ -276,7 +282,9 @@ def _level_candidates(
     stride: int,
     config: FCOSConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best boxes (B, k, 4), scores and labels (B, k) of one level; score 0 below the threshold."""
+    """The best boxes (B, k, 4), scores and labels (B, k) of one level; score 0 below the
+    threshold.
+    """
     probability = logits.sigmoid()  # (B, P, C)
     joint = probability * centerness.sigmoid()[:, :, None]
     joint = torch.where(probability > config.score_threshold, joint, 0).flatten(1)

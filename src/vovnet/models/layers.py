@@ -142,5 +142,7 @@ class Normalize(nn.Module):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half-precision tensors as float32, all others as they are: losses and box arithmetic need it."""
+    """Half-precision tensors as float32, all others as they are: losses and box arithmetic
+    need it.
+    """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

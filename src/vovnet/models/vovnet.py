@@ -343,7 +343,9 @@ class VoVNetFeatures(VoVNet):
 
 
 def resolve_indices(indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Feature indices from timm's three ways of saying them; raises ValueError when out of range."""
+    """Feature indices from timm's three ways of saying them; raises ValueError when out of
+    range.
+    """
     if indices is None:
         return tuple(range(count))
     if isinstance(indices, int):

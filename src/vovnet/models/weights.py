@@ -16,7 +16,9 @@ from vovnet.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedWeights:
-    """Where weights lie, and how images must be prepared for them (mean, std: RGB in 0..1 units)."""
+    """Where weights lie, and how images must be prepared for them (mean, std: RGB in 0..1
+    units).
+    """
 
     hub_repository: str
     licence: str
@@ -129,7 +131,9 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str
 
 
 def load_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Loads a classifier's weights into a backbone, leaving the classifier out; raises ConfigError."""
+    """Loads a classifier's weights into a backbone, leaving the classifier out; raises
+    ConfigError.
+    """
     own = backbone.state_dict()
     kept = {name: value for name, value in own.items() if name.startswith("head.")}
     wanted = {

@@ -145,7 +145,9 @@ def _load_published(backbone: nn.Module, name: str) -> None:
 def _apply_overrides(
     config: VoVNetConfig, overrides: dict[str, object]
 ) -> tuple[VoVNetConfig, dict[str, object]]:
-    """The backbone's config with its own settings applied, and the settings that are not its own."""
+    """The backbone's config with its own settings applied, and the settings that are not
+    its own.
+    """
     names = {field.name for field in fields(config)}
     own: dict[str, Any] = {key: value for key, value in overrides.items() if key in names}
     return replace(config, **own), {k: v for k, v in overrides.items() if k not in names}
