@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vovnet.errors import DataError, ImageError
 from vovnet.images import count_pages, find_images, image_size, read_image
@@ -315,6 +315,17 @@ def test_tiff_pages(tmp_path: Path) -> None:
             read_image(path, page=wrong)
     with pytest.raises(ImageError, match="expected at most 20 pixels, got 3 x 7 = 21"):
         read_image(path, page=1, max_pixels=20)
+    np.testing.assert_array_equal(read_image(path, page=2, max_pixels=4), pages[2])
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_no_frame_is_looked_for_in_a_file_of_too_many_pixels(file_format: str) -> None:
+    other = Image.fromarray(255 - noise())
+    data = encode(noise(), file_format, save_all=True, append_images=[other])
+    with pytest.raises(ImageError, match="expected at most 53 pixels, got 9 x 6 = 54"):
+        read_image(data, page=99, max_pixels=53)
+    with pytest.raises(ImageError, match="expected a page from 0 to 1, got 99"):
+        read_image(data, page=99, max_pixels=54)
 
 
 def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
@@ -466,10 +477,22 @@ def test_the_pixel_limit_is_exact_and_checked_before_decoding() -> None:
         read_image(png_header(10, 10), max_pixels=99)
 
 
-def test_the_size_is_read_without_the_pixels(tmp_path: Path) -> None:
-    path = tmp_path / "large.png"
+def test_the_size_is_read_without_the_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(image: ImageFile.ImageFile) -> None:
+        decoded.append(str(image.format))
+        raise AssertionError("decoded")
+
+    decoded: list[str] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    path = tmp_path / "image"
     path.write_bytes(png_header(9_500, 10_000))  # Pillow itself would warn
     assert image_size(path) == (10_000, 9_500)
+    for file_format in ("PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"):
+        path.write_bytes(encode(noise(), file_format))
+        assert image_size(path) == (6, 9)
+    assert decoded == []
 
 
 def odd_tiff() -> bytes:

@@ -176,3 +176,14 @@ def test_missing_weights_are_named(model_folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model\.safetensors: expected this file"):
         Predictor.load(folder)
+
+
+def test_a_threshold_skips_masks_and_changes_nothing_above_it(model_folder: Path) -> None:
+    image = noise(64, 64)
+    everything = Predictor.load(model_folder, score_threshold=0.0)(image)
+    middle = float(np.median(everything.scores))
+    predictor = Predictor.load(model_folder, score_threshold=middle)
+    batch = predictor.preprocess.batch([predictor.preprocess.resize(image)])
+    above = everything[everything.scores >= np.float32(middle)]
+    assert predictor.infer(*batch)["valid"].sum() == len(above)
+    np.testing.assert_allclose(predictor(image).boxes_xyxy, above.boxes_xyxy, atol=1e-4)

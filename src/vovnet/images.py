@@ -18,6 +18,7 @@ from .errors import DataError, ImageError
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+SEPARATE_PAGES = ("TIFF", "MPO")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 _ORIENTATION_TAG = 274
@@ -140,7 +141,9 @@ def _opened(
                 _check_file(source)
                 stream = stack.enter_context(source.open("rb"))
             image = stack.enter_context(Image.open(stream, formats=FORMATS))
-            _check_pixels(image, max_pixels)
+            if image.format not in SEPARATE_PAGES:
+                # Frames share one canvas, and going to a later one decodes those before it.
+                _check_pixels(image, max_pixels)
             _seek(image, page)
             _check_pixels(image, max_pixels)
             yield image

@@ -20,10 +20,10 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vovnet.errors import ConfigError
-from vovnet.files import atomic_path, atomic_write_text
+from vovnet.files import atomic_write_bytes, atomic_write_text
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -116,9 +116,9 @@ def save_model_folder(
             expected = ", ".join(sorted(dtype.name for dtype in storable))
             raise ConfigError(f"tensor {name!r}: expected one of {expected}, got {tensor.dtype}")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        contiguous = {name: tensor.copy(order="C") for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+    contiguous = {name: tensor.copy(order="C") for name, tensor in tensors.items()}
+    # Not save_file: its files are private (0600), whatever the folder's owner wants.
+    atomic_write_bytes(folder / WEIGHTS_FILE, save(contiguous, metadata={"format": "pt"}))
     atomic_write_text(folder / CARD_FILE, card)
     atomic_write_text(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 

@@ -69,7 +69,13 @@ class Predictor:
         config = load_config(folder)
         if config.task == "classify":
             raise ConfigError(f"{folder}: expected a detector or segmenter, found a classifier")
-        model = build_model(folder, max_detections=max_detections)
+        shown = config.score_threshold if score_threshold is None else score_threshold
+        thresholds = _class_thresholds(shown, tuple(config.class_names))
+        # What is not shown needs no mask; below it, nothing changes what is above.
+        changes: dict[str, object] = {"min_score": float(thresholds.min())}
+        if max_detections is not None:
+            changes["max_detections"] = max_detections
+        model = build_model(folder, overrides=changes)
         preprocess = Preprocess.from_dict(config.preprocess)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -79,9 +85,7 @@ class Predictor:
             tuple(config.class_names),
             category_ids=tuple(config.category_ids),
             device=device,
-            score_threshold=(
-                config.score_threshold if score_threshold is None else score_threshold
-            ),
+            score_threshold=shown,
         )
 
     @overload
@@ -187,20 +191,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_model(folder: Path, *, max_detections: int | None = None) -> torch.nn.Module:
-    """The network of a model folder with its weights, as float32; raises ConfigError."""
+def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) -> torch.nn.Module:
+    """The network of a model folder with its weights, as float32; raises ConfigError.
+
+    overrides go over the folder's own settings of the network.
+    """
     config = load_config(folder)
     arguments = dict(config.model_args)
-    overrides = dict(arguments.pop("overrides", None) or {})
-    if max_detections is not None:
-        overrides["max_detections"] = max_detections
+    settings = dict(arguments.pop("overrides", None) or {}) | dict(overrides or {})
     num_classes = arguments.pop("num_classes", None)
     if arguments or num_classes != len(config.class_names):
         raise ConfigError(
             f"{folder}: model_args: expected num_classes {len(config.class_names)} (one per class "
             f"name) and overrides, found num_classes {num_classes} and {sorted(arguments)}"
         )
-    model = create_model(config.architecture, num_classes=num_classes, overrides=overrides)
+    model = create_model(config.architecture, num_classes=num_classes, overrides=settings)
     tensors = {name: torch.from_numpy(value) for name, value in load_tensors(folder).items()}
     load_into(model, tensors, where=str(folder))
     return model.eval()

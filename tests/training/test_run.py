@@ -15,7 +15,7 @@ from vovnet.training.report import ProgressReport, drop_records_after, read_reco
 from vovnet.training.run import TrainResult, train
 
 SMALL = {
-    "neck_channels": 32,
+    "neck_channels": 64,
     "tower_convs": 1,
     "mask_convs": 1,
     "mask_channels": 32,

@@ -40,6 +40,7 @@ class FCOSConfig:
     center_radius: float = 1.5  # in strides
     score_threshold: float = 0.05  # on the class probability alone
     pre_nms_top_k: int = 1000  # per level
+    min_score: float = 0.0  # of sqrt(class probability x centerness); less is dropped unseen
     nms_threshold: float = 0.6
     max_detections: int = 50  # K
 
@@ -254,7 +255,8 @@ def fcos_detect(
 
     kept = []
     for image in range(len(boxes)):
-        candidates = torch.nonzero(scores[image] > 0).squeeze(1)
+        wanted = (scores[image] > 0) & (scores[image] >= config.min_score)
+        candidates = torch.nonzero(wanted).squeeze(1)
         best = class_wise_nms(
             boxes[image, candidates],
             scores[image, candidates],
