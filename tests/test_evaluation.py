@@ -12,7 +12,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from vovnet.data.coco import Annotation, DetectionData, ImageRecord, to_coco_dict
-from vovnet.evaluation import _collect_matches, evaluate_coco, predict_images, resampled_precision
+from vovnet.evaluation import (
+    _collect_matches,
+    evaluate_coco,
+    match_image,
+    predict_images,
+    resampled_precision,
+)
 from vovnet.results import Detections, MaskCrop
 
 SIZE = 240
@@ -115,6 +121,31 @@ def test_figures_are_those_of_pycocotools(seed, iou_type):
     figures = [found.ap, found.ap50, found.ap75, found.ap_small, found.ap_medium, found.ap_large]
     np.testing.assert_array_equal([*figures, found.ar], [*stats[:6], stats[8]])
     assert 0.05 < found.ap < 0.9  # neither all nor nothing
+
+
+def test_matching_is_that_of_pycocotools():
+    data = make_data(images=3, objects=25, seed=4)
+    # Coarse boxes and scores: many overlaps and scores are exactly equal.
+    predictions = [
+        p | {"bbox": [8 * round(v / 8) or 8 for v in p["bbox"]], "score": round(p["score"], 1)}
+        for p in make_predictions(data, false=40)
+    ]
+    predictions += [p | {"score": 0.5} for p in predictions[::2]]
+    evaluator = run_pycocotools(data, predictions, "bbox")
+    matched = 0
+    for category_id in data.category_ids:
+        for area_range in evaluator.params.areaRng:
+            for image in data.images:
+                arguments = (image.id, category_id, area_range, 100)
+                found = match_image(evaluator, *arguments)
+                expected = evaluator.evaluateImg(*arguments)
+                assert (found is None) == (expected is None)
+                for name in found or ():
+                    values = np.asarray(expected[name])
+                    values = values.astype(bool) if name == "dtMatches" else values
+                    np.testing.assert_array_equal(found[name], values)
+                matched += 0 if found is None else int(found["dtMatches"].sum())
+    assert matched > 200
 
 
 def test_nothing_is_printed(capsys):

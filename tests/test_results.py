@@ -1,7 +1,7 @@
 import json
 import sys
 import time
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ def fields(count: int = 3, *, with_masks: bool = True) -> dict[str, Any]:
         "image_size": IMAGE_SIZE,
         "class_names": NAMES,
         "masks": crops if with_masks else None,
+        "mask_scores": np.linspace(0.9, 0, count, dtype=np.float32) if with_masks else None,
     }
 
 
@@ -37,10 +38,17 @@ def detections(count: int = 3, *, with_masks: bool = True) -> Detections:
     return Detections(**fields(count, with_masks=with_masks))
 
 
+def without_mask_scores(value: Detections) -> Detections:
+    return replace(value, mask_scores=None)
+
+
 def assert_same(left: Detections, right: Detections) -> None:
     assert json.dumps(left.to_json()) == json.dumps(right.to_json())
     np.testing.assert_array_equal(left.boxes_xyxy, right.boxes_xyxy)
     np.testing.assert_array_equal(left.scores, right.scores)
+    assert (left.mask_scores is None) == (right.mask_scores is None)
+    if left.mask_scores is not None and right.mask_scores is not None:
+        np.testing.assert_array_equal(left.mask_scores, right.mask_scores)
 
 
 @st.composite
@@ -72,7 +80,7 @@ def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
 
 
 @given(crops_in_images())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 def test_run_lengths_equal_those_of_the_dense_mask(
     drawn: tuple[MaskCrop, tuple[int, int]],
 ) -> None:
@@ -139,6 +147,12 @@ WRONG_FIELDS = {
     "label low": ({"labels": np.array([0, 0, -1])}, "got -1 at index 2"),
     "image size": ({"image_size": (0, 60)}, r"image_size: expected .* got \(0, 60\)"),
     "image size length": ({"image_size": (40, 60, 3)}, "image_size: expected"),
+    "mask score dtype": ({"mask_scores": np.zeros(3)}, "mask_scores: expected float32"),
+    "mask score count": ({"mask_scores": np.zeros(2, np.float32)}, r"mask_scores: .*\(3,\)"),
+    "mask score range": (
+        {"mask_scores": np.array([0, 0, 1.5], np.float32)},
+        r"mask_scores: expected 0 to 1, got 1\.5 at index 2",
+    ),
     "mask count": ({"masks": fields()["masks"][:2]}, "masks: expected 3, one per box, got 2"),
     "mask right": (
         {"masks": (*fields()["masks"][:2], MaskCrop(55, 0, np.ones((5, 6), np.bool_)))},
@@ -202,8 +216,12 @@ def test_indexing(index: Any, expected: list[int], with_masks: bool) -> None:
     assert (part.image_size, part.class_names) == (whole.image_size, whole.class_names)
     if whole.masks is None:
         assert part.masks is None
+        assert part.mask_scores is None
     else:
         assert part.masks is not None
+        assert part.mask_scores is not None
+        assert whole.mask_scores is not None
+        np.testing.assert_array_equal(part.mask_scores, whole.mask_scores[expected])
         assert all(a is whole.masks[i] for a, i in zip(part.masks, expected, strict=True))
 
 
@@ -223,13 +241,13 @@ def test_iteration_yields_single_objects_and_ends() -> None:
 
 @pytest.mark.parametrize("with_masks", [True, False])
 def test_empty_is_a_result_like_any_other(with_masks: bool) -> None:
+    whole = without_mask_scores(detections(with_masks=with_masks))
     empty = Detections.empty(IMAGE_SIZE, NAMES, with_masks=with_masks)
     assert len(empty) == 0
     assert (empty.masks is not None) == with_masks
     assert empty.to_coco(1, [1, 2, 3]) == []
     assert empty.to_json()["detections"] == []
     assert_same(empty[np.zeros(0, np.bool_)], empty)
-    whole = detections(with_masks=with_masks)
     assert_same(Detections.concatenate([empty, whole, empty]), whole)
     assert_same(whole[:0], empty)
 
@@ -246,12 +264,28 @@ def test_concatenate_refuses_what_does_not_fit() -> None:
         Detections.concatenate([])
     others = [
         detections(with_masks=False),
+        without_mask_scores(detections()),
         Detections(**(fields() | {"image_size": (41, 60)})),
         Detections(**(fields() | {"class_names": ("a", "b", "c")})),
     ]
     for other in others:
         with pytest.raises(ValueError, match=r"parts\[1\]: expected"):
             Detections.concatenate([detections(), other])
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_moved_into_a_larger_image(with_masks: bool) -> None:
+    part = detections(with_masks=with_masks)
+    whole = part.moved(7, 11, (100, 200))
+    assert whole.image_size == (100, 200)
+    np.testing.assert_array_equal(whole.boxes_xyxy, part.boxes_xyxy + np.array([7, 11, 7, 11]))
+    np.testing.assert_array_equal(whole.scores, part.scores)
+    if with_masks:
+        expected = np.zeros((3, 100, 200), dtype=np.bool_)
+        expected[:, 11:51, 7:67] = part.dense_masks()
+        np.testing.assert_array_equal(whole.dense_masks(), expected)
+        with pytest.raises(ValueError, match="expected crops inside the image"):
+            part.moved(100, 0, (100, 105))
 
 
 def test_to_coco() -> None:

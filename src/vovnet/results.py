@@ -97,7 +97,10 @@ class Detections:
         )
 
     def moved(self, x: int, y: int, image_size: tuple[int, int]) -> "Detections":
-        """Return the same objects in a larger image (height, width) that holds this one at x, y."""
+        """Return the same objects in a larger image (height, width) that holds this one at x, y.
+
+        Raises ValueError when a mask would not lie inside that image.
+        """
         offset = np.array([x, y, x, y], dtype=np.float32)
         return replace(
             self,
@@ -131,7 +134,7 @@ class Detections:
         """Return the objects of several results of one image, in order.
 
         Raises ValueError on no part and on parts that differ in image size, class names or in
-        whether they have masks.
+        whether they have masks and mask scores.
         """
         if not parts:
             raise ValueError("parts: expected at least one, got none")
@@ -377,6 +380,5 @@ def _check_same_kind(first: Detections, part: Detections, where: str) -> None:
     if kind(first) != kind(part):
         raise ValueError(
             f"{where}: expected (image_size, class_names, has masks, has mask scores) "
-            f"{kind(first)}, "
-            f"got {kind(part)}"
+            f"{kind(first)}, got {kind(part)}"
         )

@@ -20,7 +20,14 @@ from vovnet.data.augment import (
     collate_train,
     tight_boxes,
 )
-from vovnet.data.coco import Annotation, DetectionData, ImageRecord, find_split, load_coco
+from vovnet.data.coco import (
+    Annotation,
+    DetectionData,
+    ImageRecord,
+    decode_masks,
+    find_split,
+    load_coco,
+)
 from vovnet.errors import ConfigError, DataError
 from vovnet.models.boxes import Target
 from vovnet.models.roi import BitmapMasks
@@ -45,11 +52,10 @@ def annotation(
 
 
 def dataset(folder: Path, annotations: list[Annotation], *, copies: int = 1) -> DetectionData:
-    """One image, black but for the annotated rectangles in the colour of their label."""
+    """One image, black but for the annotated shapes in the colour of their label."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     for made in annotations:
-        x1, y1, x2, y2 = (int(side) for side in made.box_xyxy)
-        pixels[y1:y2, x1:x2] = COLOURS[made.label]
+        pixels[decode_masks([made], HEIGHT, WIDTH)[0]] = COLOURS[made.label]
     Image.fromarray(pixels).save(folder / "a.png")
     records = [
         ImageRecord(number, folder / "a.png", HEIGHT, WIDTH, tuple(annotations))
@@ -59,7 +65,11 @@ def dataset(folder: Path, annotations: list[Annotation], *, copies: int = 1) -> 
 
 
 def shapes() -> list[Annotation]:
-    return [annotation(box, label) for label, box in enumerate(SHAPES)]
+    """Two rectangles and a triangle, which shows where a mask is cut on the wrong side."""
+    made = [annotation(box, label) for label, box in enumerate(SHAPES)]
+    x1, y1, x2, y2 = SHAPES[0]
+    ring = [[float(v) for v in (x1, y1, x2, y1, x1, y2)]]
+    return [replace(made[0], segmentation=ring), *made[1:]]
 
 
 def masks_of(target: Target) -> torch.Tensor:
@@ -216,6 +226,19 @@ def test_small_rests_are_dropped(tmp_path: Path) -> None:
         _, target, _ = TrainDataset(data, Preprocess(), preset=preset)[0]
         assert target.labels.tolist() == labels
         assert masks_of(target).shape == (len(labels), HEIGHT, WIDTH)
+
+
+def test_boxes_below_a_pixel_are_dropped(tmp_path: Path) -> None:
+    made = [annotation((20, 20, 23, 40), 0, with_mask=False)]
+    made += [annotation((40, 20, 44, 40), 1, with_mask=False)]
+    made += [
+        annotation((60, 20, 63, 40), 2, crowd=True),
+        annotation((80, 20, 84, 40), 2, crowd=True),
+    ]
+    data = dataset(tmp_path, made)
+    _, target, _ = TrainDataset(data, Preprocess(scale=0.25), preset=PLAIN)[0]
+    assert target.labels.tolist() == [1]
+    assert len(target.ignore_xyxy) == 1
 
 
 @pytest.mark.parametrize("with_mask", [True, False])

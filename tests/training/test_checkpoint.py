@@ -141,19 +141,20 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, make_checkpoint())
     delays = random.Random(0)
-    for _ in range(25):
+    for _ in range(20):
+        before = path.stat().st_ino
         process = multiprocessing.get_context("fork").Process(target=save_forever, args=(path,))
         process.start()
-        time.sleep(delays.uniform(0.0, 0.05))
+        while path.stat().st_ino == before:
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(delays.uniform(0.0, 0.02))
         process.kill()
         process.join()
         loaded = load_checkpoint(path)
-        weight = loaded.model["weight"]
-        assert weight.numel() == 6 or torch.all(weight == loaded.position.step)
-        for rest in tmp_path.iterdir():
-            if rest != path:
-                rest.unlink()  # what the killed process was writing
-    assert loaded.model["weight"].numel() == 200_000
+        assert torch.all(loaded.model["weight"] == loaded.position.step)
+        for rest in set(tmp_path.iterdir()) - {path}:
+            rest.unlink()  # what the killed process was writing
 
 
 def test_library_version_is_one_word():
