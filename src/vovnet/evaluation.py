@@ -150,12 +150,11 @@ def evaluate_coco(
             )
     truth = to_coco_dict(data)
     num_objects = sum(not annotation["iscrowd"] for annotation in truth["annotations"])
-    figures: dict[str, AveragePrecision] = {
-        iou_type: _evaluate(truth, predictions, iou_type, max_detections, bootstrap, seed)
-        for iou_type in iou_types
-    }
     return Metrics(
-        by_type=figures,
+        by_type={
+            iou_type: _evaluate(truth, predictions, iou_type, max_detections, bootstrap, seed)
+            for iou_type in iou_types
+        },
         class_names=data.class_names,
         max_detections=max_detections,
         num_images=len(data.images),
@@ -172,9 +171,12 @@ def _evaluate(
     bootstrap: int,
     seed: int,
 ) -> AveragePrecision:
+    # pycocotools finds annotations by id; in data put together from parts these may repeat.
+    objects = [entry | {"id": i} for i, entry in enumerate(truth["annotations"], start=1)]
     results = [_result(entry, i, iou_type) for i, entry in enumerate(predictions, start=1)]
+    truth, found = truth | {"annotations": objects}, truth | {"annotations": results}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        evaluator = COCOeval(_index(truth), _index(truth | {"annotations": results}), iou_type)
+        evaluator = COCOeval(_index(truth), _index(found), iou_type)
         evaluator.params.maxDets = [max_detections]
         evaluator.evaluateImg = partial(match_image, evaluator)
         evaluator.evaluate()
@@ -313,9 +315,7 @@ def _intervals(
         if existing:
             ap.append(float(np.mean(existing)))
             ap50.append(float(np.mean([values[place_50] for values in existing])))
-    if not ap:
-        return None, None
-    return _central(ap), _central(ap50)
+    return (_central(ap), _central(ap50)) if ap else (None, None)
 
 
 def _collect_matches(evaluator: Any) -> list[_ClassMatches]:
@@ -394,8 +394,5 @@ def _plain(value: object) -> object:
 
 
 def _show(value: float, interval: Interval | None = None) -> str:
-    if math.isnan(value):
-        return "n/a"
-    if interval is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} [{interval[0]:.3f}-{interval[1]:.3f}]"
+    around = "" if interval is None else f" [{interval[0]:.3f}-{interval[1]:.3f}]"
+    return "n/a" if math.isnan(value) else f"{value:.3f}{around}"

@@ -218,7 +218,7 @@ def test_bitmaps_inside_boxes() -> None:
 
 
 def test_nms_keeps_classes_apart_where_boxes_are_negative() -> None:
-    boxes = torch.tensor([[-50.0, -50, -10, -10], [-50, -50, -10, -10], [-49, -50, -10, -10]])
+    boxes = torch.tensor([[-50.0, -50, -1, -1], [-50, -50, -1, -1], [-49, -50, -1, -1]])
     scores, labels = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 0])
     assert class_wise_nms(boxes, scores, labels, threshold=0.6, keep=9).tolist() == [0, 1]
     assert class_wise_nms(boxes, scores, labels, threshold=0.6, keep=1).tolist() == [0]

@@ -1,5 +1,6 @@
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,22 @@ def test_a_time_budget_ends_the_training():
     budget = Budget(max_seconds=2.0)
     assert budget.spent_fraction(Position(spent_s=0.5)) == 0.25
     assert budget.spent_fraction(Position(spent_s=3.0)) == 1.0
+
+
+def test_a_time_budget_stops_the_loop():
+    training = ToyTraining()
+    training.schedule = replace(training.schedule, budget=Budget(max_seconds=0.05))
+    rates = [record.learning_rate for record in training.steps()]
+    assert training.position.spent_s >= 0.05
+    assert rates[0] < max(rates)
+    assert training.position.step == len(rates)
+
+
+def test_bf16_trains():
+    training = ToyTraining(total_steps=60)
+    records = list(training.steps(autocast_dtype=torch.bfloat16))
+    assert records[-1].losses != list(ToyTraining(total_steps=60).steps())[-1].losses
+    assert all(parameter.dtype == torch.float32 for parameter in training.detector.parameters())
 
 
 def test_training_lowers_the_loss():

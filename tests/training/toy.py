@@ -100,7 +100,7 @@ class ToyTraining:
             workers=self.workers,
         )
 
-    def steps(self, *, clip_norm: float | None = 1.0):
+    def steps(self, *, clip_norm: float | None = 1.0, autocast_dtype: torch.dtype | None = None):
         return train_steps(
             self.loss_step,
             self.optimizer,
@@ -110,6 +110,6 @@ class ToyTraining:
             position=self.position,
             schedule=self.schedule,
             clip_norm=clip_norm,
-            autocast_dtype=None,
+            autocast_dtype=autocast_dtype,
             device=torch.device("cpu"),
         )
