@@ -150,8 +150,7 @@ def test_a_time_budget_stops_the_loop():
     training.schedule = replace(training.schedule, budget=Budget(max_seconds=0.05))
     rates = [record.learning_rate for record in training.steps()]
     assert training.position.spent_s >= 0.05
-    assert rates[0] < max(rates)
-    assert training.position.step == len(rates)
+    assert training.position.step == len(rates) >= 1
 
 
 def test_bf16_trains():

@@ -70,6 +70,9 @@ def build_model_config(
 ) -> ModelConfig:
     """The model folder's config.json, with the training's settings but none of its paths."""
     settings = config.model_dump(mode="json", exclude={"data", "runs_dir", "name"})
+    for name in ("init", "backbone_weights"):
+        if settings[name] is not None:
+            settings[name] = Path(settings[name]).name
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     threshold = metrics.by_type["bbox"].best_f1_score
     return ModelConfig(
