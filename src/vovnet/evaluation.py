@@ -114,11 +114,7 @@ def predict_images(
             raise ValueError(
                 f"predictions: expected the classes {data.class_names}, got {found.class_names}"
             )
-        results = found.to_coco(record.id, data.category_ids)
-        if found.mask_scores is not None:
-            for result, mask_score in zip(results, found.mask_scores.tolist(), strict=True):
-                result["mask_score"] = mask_score
-        yield results
+        yield found.to_coco(record.id, data.category_ids)
 
 
 def evaluate_coco(

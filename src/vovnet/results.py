@@ -170,7 +170,8 @@ class Detections:
         """Return one COCO result per object, with the category id of each label.
 
         bbox is [left, top, width, height] in pixels; segmentation, where there are masks, a
-        compressed RLE with str counts. Raises ValueError unless there is one id per class name.
+        compressed RLE with str counts; mask_score, beside COCO's keys, ranks the masks where the
+        model predicts it. Raises ValueError unless there is one id per class name.
         """
         if len(category_ids) != len(self.class_names):
             raise ValueError(
@@ -194,6 +195,9 @@ class Detections:
             encoded = encode_masks(self.masks, self.image_size)
             for result, segmentation in zip(results, encoded, strict=True):
                 result["segmentation"] = segmentation
+        if self.mask_scores is not None:
+            for result, mask_score in zip(results, self.mask_scores.tolist(), strict=True):
+                result["mask_score"] = mask_score
         return results
 
     def to_json(self) -> dict[str, Any]:

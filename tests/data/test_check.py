@@ -63,16 +63,18 @@ def write(folder: Path, images: list[object], annotations: list[object]) -> Path
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """Two good images among bad ones, and each bad annotation on a good image."""
+    """Three good images among bad ones, and each bad annotation on a good image."""
     write_image(tmp_path / "good.png")
     write_image(tmp_path / "turned.jpg", (WIDTH, HEIGHT), exif=6)
+    write_image(tmp_path / "stored.jpg", exif=6)
     write_image(tmp_path / "resized.png", (HEIGHT, WIDTH + 1))
     write_image(tmp_path / "cut.png")
     cut = tmp_path / "cut.png"
     cut.write_bytes(cut.read_bytes()[:-600])
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    names = ["good.png", "turned.jpg", "resized.png", "cut.png", "text.png", "folder.png", "no.png"]
+    names = ["good.png", "turned.jpg", "resized.png", "cut.png", "text.png", "folder.png"]
+    names += ["no.png", "stored.jpg"]
     images: list[object] = [image(number, name) for number, name in enumerate(names, start=1)]
     images += [image(1, "good.png"), image(90, "../x.png"), image(91, "good.png", width="5"), 3]
     annotations: list[object] = [annotation(1), annotation(2, bbox=[0, 0, WIDTH + 0.9, HEIGHT])]
@@ -106,18 +108,18 @@ def test_names_each_problem_once(broken: Path) -> None:
     assert sorted(of_annotations) == sorted(expected)
     assert sum(p.kind == kinds.ANNOTATION for p in report.problems) == 2  # 24 and the last
     assert len(report.problems) == len(of_images) + len(expected) + 1
-    assert (report.num_images, report.num_annotations) == (11, 23)
+    assert (report.num_images, report.num_annotations) == (12, 23)
 
 
 def test_skip_bad_keeps_the_rest(broken: Path) -> None:
     data, report = load_checked(broken, broken.parent, skip_bad=True)
-    assert [record.path.name for record in data.images] == ["good.png", "turned.jpg"]
-    assert [[a.id for a in record.annotations] for record in data.images] == [[1, 2, 5], [3]]
+    assert [record.path.name for record in data.images] == ["good.png", "turned.jpg", "stored.jpg"]
+    assert [[a.id for a in record.annotations] for record in data.images] == [[1, 2, 5], [3], []]
     assert not report.is_good
 
 
 def test_without_skip_bad_it_stops(broken: Path) -> None:
-    with pytest.raises(DataError, match=r"labels\.json: 26 problems in 11 images") as caught:
+    with pytest.raises(DataError, match=r"labels\.json: 26 problems in 12 images") as caught:
         load_checked(broken, broken.parent)
     lines = str(caught.value).splitlines()
     assert len(lines) == 13

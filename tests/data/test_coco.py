@@ -280,7 +280,9 @@ def test_any_bytes_are_runs_of_the_image_or_refused(counts: bytes) -> None:
         assert sum(runs) == 42
 
 
-@pytest.mark.parametrize("counts", [b"", b"o", b"ooooooooooo0", b"0\x00", b"\x80", b"P1Z", b"1"])
+@pytest.mark.parametrize(
+    "counts", [b"", b"o", b"ooooooooooo0", b"0\x00", b"\x80", b"P1Z", b"1", b"[1O"]
+)
 def test_refuses_broken_run_lengths(counts: bytes) -> None:
     with pytest.raises(DataError, match="broken RLE"):
         rle_runs(counts, 6, 7)
