@@ -14,7 +14,7 @@ demo: $(STAMP)
 	@$(RUN) examples/demo.py
 
 test: $(STAMP)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2
 
 check: $(STAMP)
 	$(RUN) -m ruff format --check

@@ -1,5 +1,6 @@
 """What tests of several modules share: a small model folder with random weights."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from vovnet.model_folder import ModelConfig, save_model_folder
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 SMALL_DETECTOR = "centermask_lite_ese_vovnet19b_slim_dw"
 

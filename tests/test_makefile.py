@@ -70,7 +70,7 @@ def checkout(tmp_path: Path) -> Checkout:
     ("target", "command"),
     [
         ("demo", "examples/demo.py"),
-        ("test", "-m pytest -q"),
+        ("test", "-m pytest -q -n 2"),
         ("check", "-m mypy src"),
         ("format", "-m ruff format"),
     ],
