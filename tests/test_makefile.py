@@ -145,7 +145,7 @@ def test_a_failing_step_fails_the_check(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fail", "code"), [("nothing fails", 0), ("-m mypy", 1), ("-m pytest -q", 1)]
+    ("fail", "code"), [("nothing fails", 0), ("-m mypy", 1), ("-m pytest -q -n 2", 1)]
 )
 def test_ci_runs_both_and_fails_when_either_does(checkout: Checkout, fail: str, code: int) -> None:
     (checkout.folder / ".ci").mkdir()
@@ -169,4 +169,4 @@ def test_ci_runs_both_and_fails_when_either_does(checkout: Checkout, fail: str, 
     assert result.returncode == code
     assert "=== make check" in result.stdout
     assert "=== make test" in result.stdout
-    assert "-m pytest -q" in checkout.calls.read_text().splitlines()
+    assert "-m pytest -q -n 2" in checkout.calls.read_text().splitlines()

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask
 from vovnet.models.fcos import FCOS
+from vovnet.models.vovnet import VARIANTS
 from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
 from vovnet.models.zoo import create_model, list_models, task_of
 from vovnet.profiling.count import count_parameters
@@ -16,8 +17,10 @@ from vovnet.profiling.count import count_parameters
 SMALL = "ese_vovnet19b_slim_dw"
 
 
-def test_every_listed_model_can_be_built() -> None:
-    for name in list_models():
+def test_every_backbone_and_every_detector_can_be_built() -> None:
+    detectors = list_models(f"*_{SMALL}")
+    assert len(list_models()) == len(VARIANTS) * (1 + len(detectors))
+    for name in [*VARIANTS, *detectors]:
         with torch.device("meta"):
             model = create_model(name)
         kinds = {"classify": torch.nn.Module, "detect": FCOS, "segment": CenterMask}
