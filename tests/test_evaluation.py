@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from vovnet.data.coco import Annotation, DetectionData, ImageRecord, to_coco_dict
 from vovnet.evaluation import (
     _collect_matches,
+    _count_score,
     evaluate_coco,
     match_image,
     predict_images,
@@ -272,6 +273,16 @@ def test_masks_are_ranked_by_their_own_score():
     result = evaluate_coco(data, turned).by_type
     assert result["segm"] == evaluate_coco(data, swapped).by_type["segm"]
     assert result["bbox"] == evaluate_coco(data, predictions).by_type["bbox"]
+
+
+@pytest.mark.parametrize(("num_objects", "score"), [(2, 0.8), (3, 0.3), (9, 0.3)])
+def test_count_score_shows_as_many_as_are_labelled(num_objects, score):
+    assert _count_score([0.3, 0.9, 0.8], num_objects) == score
+
+
+def test_count_score_without_detections_or_objects():
+    assert math.isnan(_count_score([], 3))
+    assert math.isnan(_count_score([0.5], 0))
 
 
 def test_best_f1_is_that_of_its_threshold():

@@ -56,6 +56,7 @@ class Metrics:
     max_detections: int
     num_images: int
     num_objects: int
+    count_score: float  # from this score up there are as many detections as labelled objects
     num_resamples: int = 0
 
     def main_ap(self) -> float:
@@ -68,6 +69,7 @@ class Metrics:
             "max_detections": self.max_detections,
             "num_images": self.num_images,
             "num_objects": self.num_objects,
+            "count_score": _plain(self.count_score),
             "num_resamples": self.num_resamples,
         }
         for iou_type, figures in self.by_type.items():
@@ -155,8 +157,17 @@ def evaluate_coco(
         max_detections=max_detections,
         num_images=len(data.images),
         num_objects=num_objects,
+        count_score=_count_score([entry["score"] for entry in predictions], num_objects),
         num_resamples=bootstrap,
     )
+
+
+def _count_score(scores: Sequence[float], num_objects: int) -> float:
+    """The score from which on up there are num_objects detections, or the least score of fewer."""
+    if not scores or num_objects == 0:
+        return math.nan
+    ranked = sorted(scores, reverse=True)
+    return math.floor(ranked[min(num_objects, len(ranked)) - 1] * 1e4) / 1e4
 
 
 def _evaluate(

@@ -63,7 +63,7 @@ class ModelConfig(BaseModel):
     """The data set's own id of each class, in the order of class_names."""
     preprocess: dict[str, Any]
     score_threshold: float | None = Field(None, ge=0, le=1)
-    """What predictions show by default: the score of the best F1 on the validation split."""
+    """What is shown by default: on the validation split as many objects as are labelled."""
     licence: str
     training: dict[str, Any] = {}
     """Where the weights come from: data, recipe, seed, versions."""

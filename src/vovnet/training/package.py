@@ -74,7 +74,7 @@ def build_model_config(
         if settings[name] is not None:
             settings[name] = Path(settings[name]).name
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    threshold = metrics.by_type["bbox"].best_f1_score
+    threshold = metrics.count_score
     return ModelConfig(
         architecture=config.model,
         model_args={"num_classes": len(data.class_names), "overrides": model_overrides(config)},
