@@ -13,7 +13,7 @@ from vovnet.errors import ConfigError
 from vovnet.images import read_image
 from vovnet.model_folder import load_config, load_tensors, resolve_model
 from vovnet.models.centermask import CenterMask
-from vovnet.models.deploy import DeployGraph
+from vovnet.models.deploy import DeployGraph, fold_batch_norms
 from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
@@ -76,6 +76,7 @@ class Predictor:
         if max_detections is not None:
             changes["max_detections"] = max_detections
         model = build_model(folder, overrides=changes)
+        fold_batch_norms(model)
         preprocess = Preprocess.from_dict(config.preprocess)
         if threads is not None:
             torch.set_num_threads(threads)

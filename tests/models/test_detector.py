@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vovnet.models.boxes import Target, class_wise_nms, distances_to_boxes, grid_points
-from vovnet.models.deploy import DeployGraph
+from vovnet.models.deploy import DeployGraph, fold_batch_norms
 from vovnet.models.fcos import STRIDES, FCOSConfig, assign_points, fcos_loss
 from vovnet.models.layers import Normalize
 from vovnet.models.losses import centerness_target, giou_loss_ltrb
@@ -285,3 +285,20 @@ def test_normalisation_comes_before_padding() -> None:
     assert (result[:, :, 2:] == 0).all()
     assert (result[:, :, :, 3:] == 0).all()
     assert not normalize.state_dict()
+
+
+@pytest.mark.parametrize("name", [NAME, "centermask_lite_ese_vovnet19b_slim"])
+def test_folded_norms_change_nothing(name: str) -> None:
+    model = detector(name, score_threshold=0.0).double().eval()
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 2)
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images)
+        fold_batch_norms(model)
+        after = model(images)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
+    for key, value in before.items():
+        torch.testing.assert_close(after[key], value)

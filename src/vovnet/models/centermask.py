@@ -68,8 +68,8 @@ class MaskHead(nn.Module):
     def forward(self, regions: Tensor) -> Tensor:
         x = regions
         for conv in self.convs:
-            x = functional.relu(conv(x))
-        x = functional.relu(self.deconv(self.attention(x)))
+            x = functional.relu(conv(x), inplace=True)
+        x = functional.relu(self.deconv(self.attention(x)), inplace=True)
         return self.predictor(x)  # type: ignore[no-any-return]
 
 
@@ -106,7 +106,7 @@ class MaskIoUHead(nn.Module):
         """regions (M, c, 14, 14), mask_probs (M, 28, 28) of the predicted class."""
         x = torch.cat([regions, functional.max_pool2d(mask_probs[:, None], 2)], dim=1)
         for conv in self.convs:
-            x = functional.relu(conv(x))
+            x = functional.relu(conv(x), inplace=True)
         x = functional.relu(self.fc1(x.flatten(1)))
         x = functional.relu(self.fc2(x))
         return self.iou(x)  # type: ignore[no-any-return]
