@@ -87,13 +87,13 @@ def print_accuracy(model: str, predictor: Predictor, data: DetectionData) -> Non
     """Counted against labelled objects, and AP50 at the model's own detection limit."""
     found = predictor(IMAGE)
     labelled = len(data.images[0].annotations)
-    print(f"found         {len(found)} nuclei, {labelled} are labelled")
+    print(f"{'found':<18}{len(found)} nuclei, {labelled} are labelled")
     ranker = Predictor.load(model, score_threshold=0.0)
     predictions = [entry for part in predict_images(ranker, data) for entry in part]
     metrics = evaluate_coco(data, predictions, max_detections=ranker.max_detections)
     box, mask = metrics.by_type["bbox"].ap50, metrics.by_type["segm"].ap50
     print(
-        f"AP50          box {box:.3f}, mask {mask:.3f} on this image "
+        f"{'AP50':<18}box {box:.3f}, mask {mask:.3f} on this image "
         f"(at most {metrics.max_detections} detections)"
     )
 
