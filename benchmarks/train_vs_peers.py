@@ -79,7 +79,8 @@ PEER_PACKAGES = (
 def to_results(image_id: int, output: Any) -> list[dict[str, Any]]:
     """Convert Detections, or a peer's (scores, boxes_xyxy, masks), of one image to COCO results."""
     if hasattr(output, "to_coco"):
-        return output.to_coco(image_id, [1])
+        # Masks are what is scored here, so their own score ranks them.
+        return [r | {"score": r["mask_score"]} for r in output.to_coco(image_id, [1])]
     results = []
     for value, (x1, y1, x2, y2), mask in zip(*output, strict=True):
         rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
