@@ -320,6 +320,7 @@ def load_yolo(work_dir: Path, confidence: float) -> Predict:
             device="cpu",
             verbose=False,
         )[0]
+        torch.set_num_threads(THREADS)  # the first call sets a number of its own
         if result.masks is None:
             return np.zeros(0), np.zeros((0, 4)), np.zeros((0, *image.shape[:2]), bool)
         masks = result.masks.data.numpy().astype(bool)

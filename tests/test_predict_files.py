@@ -65,3 +65,21 @@ def test_an_interruption_keeps_what_is_done(predictor: Predictor, tmp_path: Path
     report = predict_files(predictor, paths, tmp_path, on_image=stop, tile=64, overlap=8)
     assert (report.images, report.interrupted) == (1, True)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_pictures_never_replace_their_sources(predictor: Predictor, tmp_path: Path) -> None:
+    source = image(tmp_path / "a.png")
+    before = source.read_bytes()
+    predict_files(predictor, [source], tmp_path)
+    assert source.read_bytes() == before
+    assert (tmp_path / "a_2.png").exists()
+
+
+def test_a_failure_keeps_what_is_done(predictor: Predictor, tmp_path: Path) -> None:
+    def fail(path: Path, found: object) -> None:
+        raise MemoryError
+
+    paths = [image(tmp_path / f"{name}.png") for name in "ab"]
+    with pytest.raises(MemoryError):
+        predict_files(predictor, paths, tmp_path, on_image=fail, save_pictures=False)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1

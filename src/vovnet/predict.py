@@ -187,6 +187,8 @@ def choose_device(name: str) -> torch.device:
         )
     except RuntimeError as error:
         raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
     return device
@@ -199,7 +201,10 @@ def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) 
     """
     config = load_config(folder)
     arguments = dict(config.model_args)
-    settings = dict(arguments.pop("overrides", None) or {}) | dict(overrides or {})
+    own = arguments.pop("overrides", None) or {}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{folder}: overrides: expected a mapping, found {type(own).__name__}")
+    settings = {**own, **(overrides or {})}
     num_classes = arguments.pop("num_classes", None)
     if arguments or num_classes != len(config.class_names):
         raise ConfigError(

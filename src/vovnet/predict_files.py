@@ -51,7 +51,7 @@ def predict_files(
     report = FilesReport()
     coco: list[dict[str, Any]] = []
     lines: list[str] = []
-    taken: set[Path] = set()
+    taken = {path.resolve() for path in paths}  # a picture never replaces what it was made from
     try:
         for path, page, image in _pages(paths, report, on_error):
             found = (
@@ -69,8 +69,9 @@ def predict_files(
             on_image(path, found)
     except KeyboardInterrupt:
         report.interrupted = True
-    atomic_write_json(output_dir / RESULTS, coco, indent=None)
-    atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
+    finally:
+        atomic_write_json(output_dir / RESULTS, coco, indent=None)
+        atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
     return report
 
 
@@ -95,6 +96,7 @@ def _pages(
 
 def _free_name(output_dir: Path, path: Path, page: int, taken: set[Path]) -> Path:
     """A picture name that no other file of this run has; pages after the first are numbered."""
+    output_dir = output_dir.resolve()
     suffix = f"_page{page + 1}" if page else ""
     name = output_dir / f"{path.stem}{suffix}.png"
     number = 2

@@ -1,6 +1,7 @@
 """The command line as a user runs it: output, exit codes, messages."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_predict(monkeypatch, capsys, data_dir: Path, model_folder: Path, tmp_pa
         (["--model", "MODEL", "--source", "IMAGES", "--score-threshold", "bird=.5"], 2, "bird"),
         (["--model", "MODEL", "--source", "IMAGES", "--tile", "64", "--overlap", "64"], 2, "less"),
         (["--model", "MODEL", "--source", "IMAGES", "--device", "quantum"], 2, "device"),
+        (["--model", "MODEL", "--source", "IMAGES", "--device", "meta"], 2, "device"),
+        (["--model", "MODEL", "--source", "IMAGES", "--max-detections", "999999999"], 2, "whole"),
         (["--model", "MODEL"], 2, "--source"),
     ],
 )
@@ -107,6 +110,18 @@ def test_wrong_arguments(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_sigterm_in_predict_keeps_what_is_done(
+    monkeypatch, data_dir: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "vovnet.predict_files.draw_detections",
+        lambda image, found: signal.raise_signal(signal.SIGTERM),
+    )
+    arguments = ["--model", model_folder, "--source", data_dir / "images", "--output", tmp_path]
+    assert run(monkeypatch, "predict", *arguments) == 143
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
 def test_val_wants_the_models_classes(
@@ -140,5 +155,12 @@ def test_train_val_predict(monkeypatch, capsys, data_dir: Path, tmp_path: Path) 
     assert run(monkeypatch, *common, "--epochs", 1, "--init", folder / "model", "--name", "b") == 0
     assert run(monkeypatch, "train", "--data", data_dir, "--set", "learning_rte=1") == 2
     assert "did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert run(monkeypatch, "train", "--data", data_dir, "--set", "seed=2020-99-99") == 2
+    assert "expected a YAML value" in capsys.readouterr().err
+    assert run(monkeypatch, *common, "--epochs", "inf") == 2
+    saved = (folder / "config.yaml").read_text()
+    assert run(monkeypatch, "train", "--resume", folder, "--device", "cuda:77") == 2
+    assert (folder / "config.yaml").read_text() == saved
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["a-1", "b-1"]
     assert run(monkeypatch, "train") == 2
     assert "--data DIR" in capsys.readouterr().err

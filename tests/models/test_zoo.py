@@ -52,6 +52,9 @@ def test_lite_is_smaller_where_the_paper_says() -> None:
         ({"name": SMALL, "overrides": {"max_detections": 5}}, "expected one of"),
         ({"name": f"fcos_{SMALL}", "overrides": {"nms_treshold": 0.5}}, "nms_threshold"),
         ({"name": f"fcos_{SMALL}", "features_only": True}, "expected a backbone"),
+        ({"name": f"fcos_{SMALL}", "overrides": {"max_detections": 0}}, "whole number"),
+        ({"name": f"fcos_{SMALL}", "overrides": {"max_detections": "9"}}, "whole number"),
+        ({"name": f"fcos_{SMALL}", "overrides": {"nms_threshold": float("nan")}}, "at least 0"),
         ({"name": "ese_vovnet19b", "pretrained": True}, "ese_vovnet57b"),
         ({"name": SMALL, "checkpoint_path": "no/such/file.pth"}, "found none at"),
     ],
@@ -108,6 +111,14 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     assert "1 missing: stem.0.bn.bias" in text
     assert "1 unexpected: extra" in text
     assert "head.fc.weight (expected (4, 512), found (3, 512))" in text
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    weights = create_model(SMALL).state_dict()
+    weights["stem.0.conv.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match=r"1 not finite floats: stem\.0\.conv\.weight"):
+        create_model(SMALL, checkpoint_path=tmp_path / "w.safetensors")
 
 
 def test_a_classifier_starts_a_detector_even_with_frozen_norm() -> None:

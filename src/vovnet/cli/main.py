@@ -157,7 +157,9 @@ def predict(
     ] = None,
     max_detections: MaxDetections = None,
     tile: Annotated[int | None, typer.Option(min=32, help="Look at tiles of this side.")] = None,
-    overlap: Annotated[int, typer.Option(min=0, help="Pixels that tiles share.")] = 128,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels that tiles share; default: 128 at most.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,

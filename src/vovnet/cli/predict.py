@@ -1,10 +1,12 @@
 """`vovnet predict`."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -25,12 +27,14 @@ def predict(
     score_thresholds: Sequence[str],
     max_detections: int | None,
     tile: int | None,
-    overlap: int,
+    overlap: int | None,
     device: str,
     threads: int | None,
     as_json: bool,
 ) -> int:
-    """Predicts and writes; 3 when a file could not be read, 130 after Ctrl-C."""
+    """Predicts and writes; 3 when a file could not be read, 130 and 143 after a signal."""
+    if overlap is None:
+        overlap = 128 if tile is None else min(128, tile // 4)
     if tile is not None and overlap >= tile:
         raise ConfigError(f"overlap: expected less than the tile's {tile} pixels, got {overlap}")
     paths = find_images(source)
@@ -48,6 +52,13 @@ def predict(
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     started_s = time.perf_counter()
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("predict", total=len(paths))
         report = predict_files(
@@ -60,6 +71,7 @@ def predict(
             on_image=lambda path, found: progress.advance(task),
             on_error=lambda text: print(f"vovnet: {text}", file=sys.stderr),
         )
+    signal.signal(signal.SIGTERM, previous)
     seconds = time.perf_counter() - started_s
     summary = {
         "output": str(output),
@@ -76,7 +88,7 @@ def predict(
             f"{report.images / seconds:.2f} images/s, {len(report.errors)} bad files: {output}"
         )
     if report.interrupted:
-        return 130
+        return 128 + received[0] if received else 130
     return 3 if report.errors else 0
 
 

@@ -38,5 +38,5 @@ def _parse_setting(text: str) -> tuple[str, object]:
         raise ConfigError(f"--set: expected NAME=VALUE, got {text!r}")
     try:
         return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {name}: expected a YAML value, got {value!r}") from error

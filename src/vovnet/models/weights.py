@@ -119,7 +119,19 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str
         for name in sorted(own.keys() & tensors.keys())
         if own[name].shape != tensors[name].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes}
+    unusable = [
+        f"{name} ({value.dtype})"
+        for name, value in sorted(tensors.items())
+        if name in own
+        and own[name].is_floating_point()
+        and not (value.is_floating_point() and value.isfinite().all())
+    ]
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": shapes,
+        "not finite floats": unusable,
+    }
     if any(problems.values()):
         text = "; ".join(
             f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ DETECTORS: dict[str, FCOSConfig] = {
     ),
 }
 _STAGES_3_TO_5 = (2, 3, 4)
+_MAX_COUNT = 100_000  # of classes, detections, channels: above it only memory runs out
 
 
 def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
@@ -161,6 +163,23 @@ def _refuse_unknown(settings: Mapping[str, object], known: Sequence[Any]) -> Non
             raise ConfigError(f"model settings: expected one of {near}, got {key!r}")
 
 
+def _check_numbers(config: FCOSConfig) -> None:
+    """Raises ConfigError on a count that is none, or a number that is not finite or below 0."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(field.default, float):
+            right = isinstance(value, int | float) and 0 <= value < inf
+            expected = "a number of at least 0"
+        elif isinstance(field.default, int) or field.default is None:
+            optional = field.default is None and value is None
+            right = optional or (type(value) is int and 1 <= value <= _MAX_COUNT)
+            expected = f"a whole number in 1..{_MAX_COUNT}"
+        else:
+            continue
+        if not right:
+            raise ConfigError(f"model settings: {field.name}: expected {expected}, got {value!r}")
+
+
 def _build_detector(
     config: FCOSConfig,
     settings: dict[str, Any],
@@ -173,6 +192,7 @@ def _build_detector(
     if num_classes is not None:
         settings = settings | {"num_classes": num_classes}
     config = replace(config, **settings)
+    _check_numbers(config)
     backbone = VoVNetFeatures(
         backbone_config,
         out_indices=_STAGES_3_TO_5,

@@ -53,12 +53,16 @@ class TrainConfig(BaseModel):
     )
 
     batch_size: int = Field(8, ge=1, description="images in a step")
-    epochs: float | None = Field(None, gt=0, description="length in passes over the train split")
+    epochs: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="length in passes over the train split"
+    )
     max_minutes: float | None = Field(
         None, gt=0, description="length in minutes of wall time, evaluations included"
     )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer")
-    learning_rate: float = Field(0.01, gt=0, description="its highest value, after the warm-up")
+    learning_rate: float = Field(
+        0.01, gt=0, allow_inf_nan=False, description="its highest value, after the warm-up"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
     weight_decay: float = Field(1e-4, ge=0, description="of all weights but norms and biases")
     warmup_fraction: float | None = Field(
@@ -81,7 +85,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="threads of torch on the CPU; none: its own"
     )
     workers: int = Field(2, ge=0, description="processes that load images; 0: in the main process")
-    seed: int = Field(0, ge=0, description="of the weights, the order and the augmentation")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the weights, the order and the augmentation"
+    )
 
     eval_every_epochs: int | None = Field(None, ge=1, description="epochs between evaluations")
     eval_every_minutes: float | None = Field(None, gt=0, description="minutes between evaluations")
@@ -185,7 +191,7 @@ def _yaml_layer(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: expected a YAML file, found {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
         raise ConfigError(f"{path}: expected a YAML mapping of settings, found: {line}") from error
     if values is None:

@@ -96,6 +96,8 @@ def train_steps(
     """
     started_s = time.monotonic() - position.spent_s
     while schedule.budget.spent_fraction(position) < 1.0:
+        if position.batch >= batches_per_epoch:  # resumed with fewer images than before
+            position.epoch, position.batch = position.epoch + 1, 0
         for batch in batches_of(position.epoch, position.batch):
             learning_rate = schedule.at(position)
             set_learning_rate(optimizer, learning_rate)

@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,20 +133,21 @@ def train(
     if checkpoint is not None:
         _check_same_training(config, checkpoint.config, where=str(checkpoint_file))
     train_data, val_data, skipped = load_splits(config, skip_bad=skip_bad)
-    if checkpoint_file is None:
-        name = config.name or config.model
-        folder = new_run_dir(Path(config.runs_dir), name)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run = _prepare(config, preprocess, val_data, report)
+    # Nothing is written before all this has succeeded: a refused start leaves no trace.
+    if checkpoint is None or checkpoint_file is None:
+        folder = new_run_dir(Path(config.runs_dir), config.name or config.model)
+        run = replace(run, folder=folder)
     else:
         folder = checkpoint_file.parent
+        run = replace(run, folder=folder)
+        _restore(run, checkpoint)
     atomic_write_text(folder / "config.yaml", config_to_yaml(config))
     if skipped:
         atomic_write_text(folder / "skipped.txt", "".join(f"{line}\n" for line in skipped))
         report.message(f"left out {len(skipped)} bad entries, see {folder / 'skipped.txt'}")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    run = _prepare(config, folder, preprocess, val_data, report)
-    if checkpoint is not None:
-        _restore(run, checkpoint)
     dataset = TrainDataset(train_data, preprocess, preset=preset, seed=config.seed)
     report.message(
         f"{folder}: {config.model}, {len(train_data.images)} images to train on, "
@@ -161,11 +162,11 @@ def train(
 
 def _prepare(
     config: TrainConfig,
-    folder: Path,
     preprocess: Preprocess,
     val_data: DetectionData,
     report: ProgressReport,
 ) -> _Run:
+    """Everything but the run folder, which the caller puts in."""
     device = choose_device(config.device)
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
@@ -182,7 +183,7 @@ def _prepare(
     )
     return _Run(
         config=config,
-        folder=folder,
+        folder=Path(),
         device=device,
         preprocess=preprocess,
         val_data=val_data,
