@@ -17,7 +17,7 @@ import torch
 
 from vovnet.data.coco import find_split, load_coco
 from vovnet.predict import Predictor
-from vovnet.predict_files import predict_files
+from vovnet.predict_files import predict_files, return_large_blocks
 
 
 class TimedPredictor(Predictor):
@@ -41,6 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     data = load_coco(*find_split(options.data, options.split))
     paths = [record.path for record in data.images]
+    return_large_blocks()
     started = time.perf_counter()
     predictor = TimedPredictor.load(options.model, threads=options.threads)
     start_s = time.perf_counter() - started

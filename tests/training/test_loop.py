@@ -98,6 +98,14 @@ def test_a_resumed_training_equals_a_straight_one(tmp_path, stop_after, workers)
     assert_equal_states(straight.optimizer.state_dict(), second.optimizer.state_dict())
 
 
+def test_a_resume_with_fewer_images_goes_on_with_the_next_epoch():
+    training = ToyTraining()
+    training.position.batch = 7  # an epoch is 3 steps
+    first = next(iter(training.steps()))
+    assert first.num_images > 0
+    assert (training.position.epoch, training.position.batch) == (1, 1)
+
+
 def test_workers_do_not_change_the_training():
     assert list(ToyTraining(workers=0).steps()) == list(ToyTraining(workers=2).steps())
 

@@ -16,7 +16,7 @@ from vovnet.files import new_run_dir
 from vovnet.images import find_images
 from vovnet.model_folder import resolve_model
 from vovnet.predict import Predictor
-from vovnet.predict_files import predict_files
+from vovnet.predict_files import predict_files, return_large_blocks
 
 
 def predict(
@@ -37,6 +37,7 @@ def predict(
         overlap = 128 if tile is None else min(128, tile // 4)
     if tile is not None and overlap >= tile:
         raise ConfigError(f"overlap: expected less than the tile's {tile} pixels, got {overlap}")
+    return_large_blocks()
     paths = find_images(source)
     predictor = Predictor.load(
         model,
