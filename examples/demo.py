@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from vovnet.data.coco import Annotation, DetectionData, ImageRecord
+from vovnet.data.labels import Annotation, DetectionData, ImageRecord
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import evaluate_coco, predict_images
 from vovnet.images import read_image

@@ -43,6 +43,7 @@ ORDER = [
     "models.weights",
     "models.zoo",
     # data sets
+    "data.labels",
     "data.coco",
     "data.check",
     "data.augment",
@@ -85,6 +86,7 @@ NUMPY_ONLY = {
     "preprocess",
     "model_folder",
     "data.coco",
+    "data.labels",
     "data.check",
     "evaluation",
     "drawing",

@@ -11,7 +11,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vovnet.data.coco import Annotation, DetectionData, ImageRecord, to_coco_dict
+from vovnet.data.coco import to_coco_dict
+from vovnet.data.labels import Annotation, DetectionData, ImageRecord
 from vovnet.evaluation import (
     _collect_matches,
     _count_score,

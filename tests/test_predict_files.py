@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vovnet import Predictor
-from vovnet.predict_files import predict_files, return_large_blocks
+from vovnet.predict_files import predict_files
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,3 @@ def test_a_failure_keeps_what_is_done(predictor: Predictor, tmp_path: Path) -> N
     with pytest.raises(MemoryError):
         predict_files(predictor, paths, tmp_path, on_image=fail, save_pictures=False)
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
-
-
-def test_large_blocks_are_returned() -> None:
-    def resident_mb() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("no /proc on this system")
-    return_large_blocks()
-    blocks = [np.ones(3 * 2**20, np.uint8) for _ in range(40)]
-    full = resident_mb()
-    del blocks[::2]  # holes, which a heap would keep
-    assert resident_mb() < full - 50

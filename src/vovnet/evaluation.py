@@ -14,7 +14,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vovnet.data.coco import DetectionData, to_coco_dict
+from vovnet.data.coco import to_coco_dict
+from vovnet.data.labels import DetectionData
 from vovnet.images import read_image
 from vovnet.results import Detections
 

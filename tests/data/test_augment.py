@@ -20,14 +20,8 @@ from vovnet.data.augment import (
     collate_train,
     tight_boxes,
 )
-from vovnet.data.coco import (
-    Annotation,
-    DetectionData,
-    ImageRecord,
-    decode_masks,
-    find_split,
-    load_coco,
-)
+from vovnet.data.coco import find_split, load_coco
+from vovnet.data.labels import Annotation, DetectionData, ImageRecord, decode_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.models.boxes import Target
 from vovnet.models.roi import BitmapMasks

@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from vovnet.data.coco import (
-    MAX_OUTLINE,
-    Annotation,
-    Problem,
-    decode_mask,
-    decode_masks,
-    find_split,
-    load_coco,
-    parse_coco,
-    rle_runs,
-    to_coco_dict,
-)
+from vovnet.data.coco import MAX_OUTLINE, Problem, find_split, load_coco, parse_coco, to_coco_dict
+from vovnet.data.labels import Annotation, decode_mask, decode_masks, rle_runs
 from vovnet.errors import DataError
 
 DATA_DIR = Path(os.environ.get("VOVNET_DATA", "../shared/data"))

@@ -5,7 +5,8 @@ from itertools import chain
 from pathlib import Path
 
 from vovnet.data.check import load_checked
-from vovnet.data.coco import find_split, has_masks
+from vovnet.data.coco import find_split
+from vovnet.data.labels import has_masks
 from vovnet.errors import ConfigError
 from vovnet.evaluation import IouType, evaluate_coco, predict_images
 from vovnet.predict import Predictor

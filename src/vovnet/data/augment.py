@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from vovnet.data.coco import Annotation, DetectionData, ImageRecord, decode_mask, has_masks
+from vovnet.data.labels import Annotation, DetectionData, ImageRecord, decode_mask, has_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.images import read_image
 from vovnet.models.boxes import Target

@@ -7,16 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vovnet.data.coco import (
-    Annotation,
-    DetectionData,
-    ImageRecord,
-    Problem,
-    ProblemKind,
-    mask_runs,
-    parse_coco,
-    read_coco_json,
-)
+from vovnet.data.coco import Problem, ProblemKind, parse_coco, read_coco_json
+from vovnet.data.labels import Annotation, DetectionData, ImageRecord, mask_runs
 from vovnet.errors import DataError, ImageError
 from vovnet.images import image_size, read_image
 

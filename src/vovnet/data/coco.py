@@ -1,70 +1,31 @@
-"""COCO annotation files: read strictly, held in one in-memory form, masks decoded on demand."""
+"""COCO annotation files: read strictly, and written back for pycocotools."""
 
 import glob
 import json
 import math
 import os
-import reprlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from vovnet.data.labels import (
+    Annotation,
+    DetectionData,
+    ImageRecord,
+    Rle,
+    Segmentation,
+    brief,
+    has_masks,
+)
 from vovnet.errors import DataError
 from vovnet.images import MAX_PIXELS
-from vovnet.results import MaskCrop
 
 # The rasteriser allocates by the length of a polygon's outline, also far outside the image.
 MAX_OUTLINE = 2_000_000
-
-
-class Rle(TypedDict):
-    """Compressed run lengths of a mask, column by column, as pycocotools takes them."""
-
-    size: list[int]
-    counts: bytes
-
-
-Polygons = list[list[float]]
-Segmentation = Rle | Polygons | None
-
-
-@dataclass(frozen=True, slots=True)
-class Annotation:
-    """One labelled object: `label` counts from 0 in order of category id, the box is in pixels."""
-
-    id: int
-    label: int
-    box_xyxy: tuple[float, float, float, float]
-    segmentation: Segmentation
-    area: float
-    is_crowd: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image with its declared size in pixels and its annotations, crowd regions included."""
-
-    id: int
-    path: Path
-    height: int
-    width: int
-    annotations: tuple[Annotation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DetectionData:
-    """A data set: `class_names[label]` and `category_ids[label]` belong to a label."""
-
-    images: tuple[ImageRecord, ...]
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    annotation_file: Path
 
 
 class ProblemKind(StrEnum):
@@ -138,11 +99,11 @@ def read_coco_json(annotation_file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(
             f"{annotation_file}: expected a JSON object with images, annotations and categories, "
-            f"got {_show(content)}"
+            f"got {brief(content)}"
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
-            found = _show(content[key]) if key in content else "no such key"
+            found = brief(content[key]) if key in content else "no such key"
             raise DataError(f"{annotation_file}: expected a list under {key!r}, got {found}")
     return content
 
@@ -181,7 +142,7 @@ def _parse_categories(entries: list[Any], report: Callable[[Problem], None]) -> 
             category_id = _integer(_field(entry, "id", place, kind), f"{place}.id", kind)
             name = _field(entry, "name", place, kind)
             if not isinstance(name, str) or not name:
-                raise _RejectedError(kind, f"{place}.name: expected a text, got {_show(name)}")
+                raise _RejectedError(kind, f"{place}.name: expected a text, got {brief(name)}")
             if category_id in names:
                 kind = ProblemKind.DUPLICATE_CATEGORY
                 raise _RejectedError(kind, f"{place}: id {category_id} was given before")
@@ -202,7 +163,7 @@ def _parse_images(
         try:
             header = _parse_image(entry, place, image_dir)
             if header.id in headers:
-                first = _show(headers[header.id].path.name)
+                first = brief(headers[header.id].path.name)
                 text = f"{place}: id {header.id} was given before, to {first}"
                 raise _RejectedError(ProblemKind.DUPLICATE_IMAGE, text)
             headers[header.id] = header
@@ -231,10 +192,10 @@ def _parse_image(entry: object, place: str, image_dir: Path) -> ImageRecord:
 def _safe_name(name: object, place: str) -> str:
     """A relative file name without a step upwards, read by the rules of either kind of system."""
     if not isinstance(name, str) or not name or "\0" in name or not _is_encodable(name):
-        raise _RejectedError(ProblemKind.IMAGE, f"{place}: expected a file name, got {_show(name)}")
+        raise _RejectedError(ProblemKind.IMAGE, f"{place}: expected a file name, got {brief(name)}")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.root or path.drive or ".." in path.parts:
-            text = f"{place}: expected a name below the image folder, got {_show(name)}"
+            text = f"{place}: expected a name below the image folder, got {brief(name)}"
             raise _RejectedError(ProblemKind.UNSAFE_PATH, text)
     return name
 
@@ -306,14 +267,14 @@ def _parse_annotation(
 def _parse_box(value: object, place: str) -> list[float]:
     kind = ProblemKind.ANNOTATION
     if not isinstance(value, list) or len(value) != 4:
-        text = f"{place}: expected [x, y, width, height], got {_show(value)}"
+        text = f"{place}: expected [x, y, width, height], got {brief(value)}"
         raise _RejectedError(kind, text)
     for number in value:
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise _RejectedError(kind, f"{place}: expected four numbers, got {_show(value)}")
+            raise _RejectedError(kind, f"{place}: expected four numbers, got {brief(value)}")
     # Sums of larger numbers are no longer exact to the pixel, and overflow where they are used.
     if not all(abs(number) < 2**31 for number in value):
-        text = f"{place}: expected finite pixel positions, got {_show(value)}"
+        text = f"{place}: expected finite pixel positions, got {brief(value)}"
         raise _RejectedError(ProblemKind.NON_FINITE_BOX, text)
     return [float(number) for number in value]
 
@@ -325,7 +286,7 @@ def _parse_segmentation(value: object, place: str, image_size: tuple[int, int]) 
     if isinstance(value, dict):
         return _parse_rle(value, place, image_size)
     if not isinstance(value, list):
-        text = f"{place}: expected polygons or run lengths, got {_show(value)}"
+        text = f"{place}: expected polygons or run lengths, got {brief(value)}"
         raise _RejectedError(kind, text)
     return [_parse_polygon(ring, f"{place}[{i}]", image_size) for i, ring in enumerate(value)]
 
@@ -333,12 +294,12 @@ def _parse_segmentation(value: object, place: str, image_size: tuple[int, int]) 
 def _parse_polygon(ring: object, place: str, image_size: tuple[int, int]) -> list[float]:
     kind = ProblemKind.SEGMENTATION
     if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
-        text = f"{place}: expected [x1, y1, x2, y2, x3, y3, ...], got {_show(ring)}"
+        text = f"{place}: expected [x1, y1, x2, y2, x3, y3, ...], got {brief(ring)}"
         raise _RejectedError(kind, text)
     points = [_number(value, place, kind) for value in ring]
     steps = (abs(a - b) for a, b in zip(points, points[2:] + points[:2], strict=True))
     if sum(steps) > MAX_OUTLINE:
-        text = f"{place}: expected an outline of at most {MAX_OUTLINE} pixels, got {_show(ring)}"
+        text = f"{place}: expected an outline of at most {MAX_OUTLINE} pixels, got {brief(ring)}"
         raise _RejectedError(kind, text)
     return points
 
@@ -346,18 +307,18 @@ def _parse_polygon(ring: object, place: str, image_size: tuple[int, int]) -> lis
 def _parse_rle(value: dict[str, Any], place: str, image_size: tuple[int, int]) -> Rle:
     kind = ProblemKind.SEGMENTATION
     if value.get("size") != list(image_size):
-        text = f"{place}.size: expected {list(image_size)}, got {_show(value.get('size'))}"
+        text = f"{place}.size: expected {list(image_size)}, got {brief(value.get('size'))}"
         raise _RejectedError(ProblemKind.SEGMENTATION_SIZE, text)
     counts = value.get("counts")
     if isinstance(counts, str) and counts.isascii() and counts:
         return Rle(size=list(image_size), counts=counts.encode("ascii"))
     if not isinstance(counts, list):
-        text = f"{place}.counts: expected a text or a list of run lengths, got {_show(counts)}"
+        text = f"{place}.counts: expected a text or a list of run lengths, got {brief(counts)}"
         raise _RejectedError(kind, text)
     runs = [_integer(run, f"{place}.counts", kind) for run in counts]
     pixels = image_size[0] * image_size[1]
     if not all(0 <= run <= pixels for run in runs) or sum(runs) != pixels:
-        text = f"{place}.counts: expected runs of {pixels} pixels together, got {_show(counts)}"
+        text = f"{place}.counts: expected runs of {pixels} pixels together, got {brief(counts)}"
         raise _RejectedError(kind, text)
     compressed = coco_mask.frPyObjects({"size": list(image_size), "counts": runs}, *image_size)
     return Rle(size=list(image_size), counts=compressed["counts"])
@@ -365,9 +326,9 @@ def _parse_rle(value: dict[str, Any], place: str, image_size: tuple[int, int]) -
 
 def _field(entry: object, key: str, place: str, kind: ProblemKind) -> object:
     if not isinstance(entry, dict):
-        raise _RejectedError(kind, f"{place}: expected an object, got {_show(entry)}")
+        raise _RejectedError(kind, f"{place}: expected an object, got {brief(entry)}")
     if key not in entry:
-        raise _RejectedError(kind, f"{place}: expected the key {key!r}, got {_show(sorted(entry))}")
+        raise _RejectedError(kind, f"{place}: expected the key {key!r}, got {brief(sorted(entry))}")
     return entry[key]
 
 
@@ -375,20 +336,20 @@ def _integer(value: object, place: str, kind: ProblemKind) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
-        raise _RejectedError(kind, f"{place}: expected a whole number, got {_show(value)}")
+        raise _RejectedError(kind, f"{place}: expected a whole number, got {brief(value)}")
     return value
 
 
 def _flag(value: object, place: str, kind: ProblemKind) -> bool:
     if value is None or value in (0, 1):
         return bool(value)
-    raise _RejectedError(kind, f"{place}: expected 0 or 1, got {_show(value)}")
+    raise _RejectedError(kind, f"{place}: expected 0 or 1, got {brief(value)}")
 
 
 def _number(value: object, place: str, kind: ProblemKind) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) < 1e300 or not math.isfinite(value):  # type: ignore[arg-type]
-        raise _RejectedError(kind, f"{place}: expected a finite number, got {_show(value)}")
+        raise _RejectedError(kind, f"{place}: expected a finite number, got {brief(value)}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -400,11 +361,6 @@ def _id_of(entry: object, key: str) -> int | None:
         return _integer(entry.get(key), key, ProblemKind.ANNOTATION)
     except _RejectedError:
         return None
-
-
-def _show(value: object) -> str:
-    """A value of a hostile file, short enough for one line."""
-    return reprlib.repr(value)[:120]
 
 
 def find_split(data_dir: Path, split: str) -> tuple[Path, Path]:
@@ -431,100 +387,6 @@ def find_split(data_dir: Path, split: str) -> tuple[Path, Path]:
             return found[0], candidate
     looked = ", ".join(str(candidate) for candidate in dict.fromkeys(folders))
     raise DataError(f"split {split!r}: expected the images in one of {looked}; got none of them")
-
-
-def rle_runs(counts: bytes, height: int, width: int) -> list[int]:
-    """Run lengths of a compressed RLE, background first, column by column.
-
-    Raises DataError unless they are not negative and fill height x width pixels exactly.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    # A loop, as most masks have less than a hundred characters: numpy would take longer.
-    for character in counts:
-        code = character - 48
-        if not 0 <= code < 64 or shift > 30:
-            raise DataError(f"broken RLE: expected characters of run lengths, got {_show(counts)}")
-        value |= (code & 31) << shift
-        shift += 5
-        if code < 32:  # the last of this number
-            value -= (code & 16) << (shift - 4)
-            # From the fourth on, a number is the difference to the one two before it.
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    if shift or not runs or min(runs) < 0 or sum(runs) != height * width:
-        raise DataError(
-            f"broken RLE: expected runs of {height} x {width} = {height * width} pixels, "
-            f"got {_show(runs)}, {sum(runs)} pixels"
-        )
-    return runs
-
-
-def mask_runs(annotation: Annotation, height: int, width: int) -> list[int] | None:
-    """Run lengths of the segmentation as in `rle_runs`, None where there is none.
-
-    Raises DataError on a broken RLE.
-    """
-    if annotation.segmentation is None:
-        return None
-    if isinstance(annotation.segmentation, dict):
-        return rle_runs(annotation.segmentation["counts"], height, width)
-    parts = coco_mask.frPyObjects(annotation.segmentation, height, width)
-    return rle_runs(coco_mask.merge(parts)["counts"], height, width)
-
-
-def decode_mask(annotation: Annotation, height: int, width: int) -> MaskCrop:
-    """The mask as the smallest crop that holds all of it, 0 x 0 where it is empty.
-
-    Without a segmentation it is the box, rounded to pixels. Raises DataError on a broken RLE.
-    """
-    runs = mask_runs(annotation, height, width)
-    if runs is None:
-        return _box_mask(annotation.box_xyxy, height, width)
-    ends = np.cumsum(runs, dtype=np.int64)
-    foreground_ends = ends[1::2]
-    foreground_starts = ends[::2][: len(foreground_ends)]
-    filled = foreground_ends > foreground_starts
-    starts, stops = foreground_starts[filled], foreground_ends[filled]
-    if not len(starts):
-        return MaskCrop(0, 0, np.zeros((0, 0), dtype=bool))
-    first_column = int(starts[0]) // height
-    last_column = (int(stops[-1]) - 1) // height
-    # Only the columns that hold something are decoded: masks are far smaller than images.
-    steps = np.zeros((last_column - first_column + 1) * height + 1, dtype=np.int8)
-    steps[starts - first_column * height] += 1
-    steps[stops - first_column * height] -= 1
-    columns = np.cumsum(steps[:-1], dtype=np.int8).reshape(-1, height).astype(bool)
-    rows = np.flatnonzero(columns.any(axis=0))
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    return MaskCrop(first_column, top, np.ascontiguousarray(columns[:, top:bottom].T))
-
-
-def _box_mask(box_xyxy: tuple[float, float, float, float], height: int, width: int) -> MaskCrop:
-    x1, x2 = (min(max(round(value), 0), width) for value in box_xyxy[::2])
-    y1, y2 = (min(max(round(value), 0), height) for value in box_xyxy[1::2])
-    if x2 <= x1 or y2 <= y1:
-        return MaskCrop(0, 0, np.zeros((0, 0), dtype=bool))
-    return MaskCrop(x1, y1, np.ones((y2 - y1, x2 - x1), dtype=bool))
-
-
-def decode_masks(annotations: Sequence[Annotation], height: int, width: int) -> NDArray[np.bool_]:
-    """Masks (N, height, width) of the annotations of one image; see `decode_mask`."""
-    masks = np.zeros((len(annotations), height, width), dtype=bool)
-    for mask, annotation in zip(masks, annotations, strict=True):
-        crop = decode_mask(annotation, height, width)
-        rows, columns = crop.pixels.shape
-        mask[crop.y : crop.y + rows, crop.x : crop.x + columns] = crop.pixels
-    return masks
-
-
-def has_masks(data: DetectionData) -> bool:
-    """Whether any object of the data set, crowds aside, has a segmentation."""
-    return any(
-        annotation.segmentation is not None and not annotation.is_crowd
-        for image in data.images
-        for annotation in image.annotations
-    )
 
 
 def to_coco_dict(data: DetectionData) -> dict[str, Any]:

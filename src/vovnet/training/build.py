@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from vovnet.data.check import describe, load_checked
-from vovnet.data.coco import DetectionData, find_split, has_masks
+from vovnet.data.coco import find_split
+from vovnet.data.labels import DetectionData, has_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import IouType
 from vovnet.model_folder import load_tensors as load_arrays

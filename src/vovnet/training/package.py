@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from vovnet.data.coco import DetectionData
+from vovnet.data.labels import DetectionData
 from vovnet.evaluation import IouType, Metrics, evaluate_coco, predict_images
 from vovnet.model_folder import ModelConfig
 from vovnet.models.deploy import DeployGraph

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vovnet.data.augment import TrainBatch, TrainDataset, TrainPreset
-from vovnet.data.coco import DetectionData
+from vovnet.data.labels import DetectionData
 from vovnet.errors import ConfigError
 from vovnet.evaluation import Metrics
 from vovnet.files import atomic_write_text, new_run_dir
