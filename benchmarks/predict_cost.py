@@ -18,16 +18,19 @@ import torch
 from vovnet.data.coco import find_split, load_coco
 from vovnet.predict import Predictor
 from vovnet.predict_files import predict_files, return_large_blocks
+from vovnet.runtime.engine import Engine
 
 
-class TimedPredictor(Predictor):
-    """A predictor that adds up the seconds its network takes."""
+class TimedEngine:
+    """An engine that adds up the seconds its network takes."""
 
-    network_s = 0.0
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.network_s = 0.0
 
     def infer(self, images, sizes):
         started = time.perf_counter()
-        raw = super().infer(images, sizes)
+        raw = self.engine.infer(images, sizes)
         self.network_s += time.perf_counter() - started
         return raw
 
@@ -43,7 +46,8 @@ def main() -> None:
     paths = [record.path for record in data.images]
     return_large_blocks()
     started = time.perf_counter()
-    predictor = TimedPredictor.load(options.model, threads=options.threads)
+    predictor = Predictor.load(options.model, threads=options.threads)
+    timed = predictor.engine = TimedEngine(predictor.engine)
     start_s = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -56,8 +60,8 @@ def main() -> None:
         "torch": torch.__version__,
         "load_s": round(start_s, 3),
         "wall_s": round(wall_s, 2),
-        "network_s": round(predictor.network_s, 2),
-        "network_share": round(predictor.network_s / wall_s, 4),
+        "network_s": round(timed.network_s, 2),
+        "network_share": round(timed.network_s / wall_s, 4),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     print(json.dumps(result, indent=2))

@@ -73,7 +73,7 @@ def time_stages(predictor: Predictor, repeats: int) -> dict[str, list[float]]:
         resized = predictor.preprocess.resize(image)
         batch = predictor.preprocess.batch([resized])
         marks.append(time.perf_counter())
-        raw = predictor.infer(*batch)
+        raw = predictor.engine.infer(*batch)
         marks.append(time.perf_counter())
         predictor.postprocess(raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2])
         marks.append(time.perf_counter())
@@ -90,7 +90,7 @@ def print_accuracy(model: str, predictor: Predictor, data: DetectionData) -> Non
     print(f"{'found':<18}{len(found)} nuclei, {labelled} are labelled")
     ranker = Predictor.load(model, score_threshold=0.0)
     predictions = [entry for part in predict_images(ranker, data) for entry in part]
-    metrics = evaluate_coco(data, predictions, max_detections=ranker.max_detections)
+    metrics = evaluate_coco(data, predictions, max_detections=ranker.engine.max_detections)
     box, mask = metrics.by_type["bbox"].ap50, metrics.by_type["segm"].ap50
     print(
         f"{'AP50':<18}box {box:.3f}, mask {mask:.3f} on this image "
@@ -109,13 +109,13 @@ def print_cost(predictor: Predictor, repeats: int) -> None:
     resized = predictor.preprocess.resize(read_image(IMAGE))
     batch = predictor.preprocess.batch([resized])
     inputs = tuple(torch.from_numpy(part) for part in batch)
-    macs = count_macs(predictor.graph, inputs)
+    macs = count_macs(predictor.engine.graph, inputs)
     height, width = batch[0].shape[1:3]
     print(f"{'macs':<18}{macs / 1e9:.2f} G (input {height} x {width}, masks of what was found)")
-    print(f"{'parameters':<18}{count_parameters(predictor.graph) / 1e6:.2f} M")
+    print(f"{'parameters':<18}{count_parameters(predictor.engine.graph) / 1e6:.2f} M")
 
     def run() -> int:
-        predictor.infer(*batch)
+        predictor.engine.infer(*batch)
         return 1
 
     print(f"{'energy':<18}{measure_energy(run).format()}")
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo/nuclei.png"))
     options = parser.parse_args()
     try:
-        predictor = Predictor.load(options.model, threads=options.threads)
+        predictor = Predictor.load(options.model, engine="torch", threads=options.threads)
         data = labelled_image()
         print(
             f"image         {IMAGE.name}, {data.images[0].width} x {data.images[0].height} pixels"

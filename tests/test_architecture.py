@@ -34,14 +34,19 @@ ORDER = [
     "models.layers",
     "models.vovnet",
     "models.fpn",
-    "models.roi",
     "models.boxes",
+    "models.roi",
     "models.losses",
     "models.fcos",
     "models.centermask",
+    "models.rpn",
+    "models.rcnn",
     "models.deploy",
     "models.weights",
     "models.zoo",
+    # engines that run a trained network
+    "runtime.torch",
+    "runtime.engine",
     # data sets
     "data.labels",
     "data.coco",
@@ -79,6 +84,7 @@ ORDER = [
 
 # These answer without torch: they import it neither themselves nor through each other.
 NUMPY_ONLY = {
+    "_lazy",
     "errors",
     "files",
     "results",
@@ -90,6 +96,9 @@ NUMPY_ONLY = {
     "data.check",
     "evaluation",
     "drawing",
+    "predict",
+    "predict_files",
+    "runtime.engine",
     "profiling.energy",
     "profiling.latency",
 }
@@ -101,6 +110,7 @@ WEIGHTS_MAY_IMPORT = {"huggingface_hub", "safetensors"}
 LATE_LOADERS = {
     "vovnet": "vovnet.",
     "cli.main": "vovnet.cli.",
+    "runtime.engine": "vovnet.runtime.",
     "training.config": "vovnet.recipes.",
 }
 
@@ -376,7 +386,10 @@ def test_the_core_needs_no_extra() -> None:
     assert check_dependencies(read_sources(), core_dependencies()) == []
 
 
-@pytest.mark.parametrize("target", [*_lazy.ATTRIBUTES.values(), *_lazy.COMMANDS.values()])
+@pytest.mark.parametrize(
+    "target",
+    [*_lazy.ATTRIBUTES.values(), *_lazy.COMMANDS.values(), *_lazy.ENGINES.values()],
+)
 def test_every_lazy_entry_resolves(target: str) -> None:
     assert _lazy.load(target) is not None
 
@@ -385,6 +398,9 @@ def test_lazy_entries_keep_the_direction() -> None:
     order = {full_name(module): index for index, module in enumerate(ORDER)}
     for target in _lazy.ATTRIBUTES.values():
         assert order[target.split(":")[0]] < order["vovnet.cli.check"], target
+    for target in _lazy.ENGINES.values():
+        assert target.startswith(LATE_LOADERS["runtime.engine"]), target
+        assert order[target.split(":")[0]] < order["vovnet.runtime.engine"], target
     for target in _lazy.COMMANDS.values():
         assert target.startswith(LATE_LOADERS["cli.main"]), target
         assert order[target.split(":")[0]] < order["vovnet.cli.main"], target

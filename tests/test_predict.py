@@ -57,7 +57,7 @@ def test_scale_of_the_preprocess_is_undone(predictor: Predictor) -> None:
     image = noise(64, 64)
     resized = predictor.preprocess.resize(image)
     assert resized.shape == (96, 96, 3)
-    raw = predictor.infer(*predictor.preprocess.batch([resized]))
+    raw = predictor.engine.infer(*predictor.preprocess.batch([resized]))
     expected = (raw["boxes"][0] / 1.5).clip(0, 64)
     found = predictor(image)
     np.testing.assert_allclose(found.boxes_xyxy, expected[: len(found)], atol=1e-4)
@@ -139,7 +139,7 @@ def test_a_bad_file_is_named(predictor: Predictor, tmp_path: Path) -> None:
 def test_the_bundled_model_keeps_its_size() -> None:
     predictor = Predictor.load("nuclei")
     assert predictor.class_names == ("nucleus",)
-    assert predictor.max_detections == 500
+    assert predictor.engine.max_detections == 500
 
 
 def change(folder: Path, **values: object) -> None:
@@ -185,5 +185,5 @@ def test_a_threshold_skips_masks_and_changes_nothing_above_it(model_folder: Path
     predictor = Predictor.load(model_folder, score_threshold=middle)
     batch = predictor.preprocess.batch([predictor.preprocess.resize(image)])
     above = everything[everything.scores >= np.float32(middle)]
-    assert predictor.infer(*batch)["valid"].sum() == len(above)
+    assert predictor.engine.infer(*batch)["valid"].sum() == len(above)
     np.testing.assert_allclose(predictor(image).boxes_xyxy, above.boxes_xyxy, atol=1e-4)

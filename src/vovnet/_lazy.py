@@ -29,6 +29,11 @@ COMMANDS = {
 }
 """Verb of the command line to "module:function"."""
 
+ENGINES = {
+    "torch": "vovnet.runtime.torch:load",
+}
+"""Name of an engine to the "module:function" that loads it."""
+
 
 def load(target: str) -> object:
     """Import the module of a "module:attribute" string and return the attribute.

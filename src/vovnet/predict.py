@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vovnet.errors import ConfigError
 from vovnet.images import read_image
-from vovnet.model_folder import load_config, load_tensors, resolve_model
-from vovnet.models.centermask import CenterMask
-from vovnet.models.deploy import DeployGraph, fold_batch_norms
-from vovnet.models.weights import load_tensors as load_into
-from vovnet.models.zoo import create_model
+from vovnet.model_folder import load_config, resolve_model
 from vovnet.preprocess import Preprocess
 from vovnet.results import Detections, MaskCrop
+from vovnet.runtime.engine import Engine, load_engine
 
 Pixels = NDArray[np.uint8]
 ScoreThreshold = float | Mapping[str, float]
@@ -32,21 +28,17 @@ class Predictor:
 
     def __init__(
         self,
-        graph: DeployGraph,
+        engine: Engine,
         preprocess: Preprocess,
         class_names: tuple[str, ...],
         *,
         category_ids: tuple[int, ...] | None = None,
-        device: str | torch.device = "cpu",
         score_threshold: ScoreThreshold | None = None,
     ) -> None:
-        self.device = choose_device(str(device))
-        self.graph = graph.to(self.device).to(memory_format=torch.channels_last)
+        self.engine = engine
         self.preprocess = preprocess
         self.class_names = class_names
         self.category_ids = category_ids or tuple(range(1, len(class_names) + 1))
-        self.max_detections: int = graph.detector.config.max_detections  # type: ignore[union-attr, assignment]
-        self.has_masks = isinstance(graph.detector, CenterMask)
         self.thresholds = _class_thresholds(score_threshold, class_names)  # (C,)
 
     @classmethod
@@ -54,6 +46,8 @@ class Predictor:
         cls,
         folder_or_name: str | Path,
         *,
+        engine: str = "auto",
+        precision: str = "auto",
         device: str = "auto",
         threads: int | None = None,
         score_threshold: ScoreThreshold | None = None,
@@ -61,9 +55,9 @@ class Predictor:
     ) -> Self:
         """A predictor from a model folder or a bundled model's name.
 
-        threads sets torch's CPU threads for the process. score_threshold None takes the model's
-        own, chosen on its validation split. Raises ConfigError where the folder is not complete and
-        right.
+        engine, precision, device and threads are those of load_engine. score_threshold None takes
+        the model's own, chosen on its validation split. Raises ConfigError where the folder is not
+        complete and right.
         """
         folder = resolve_model(folder_or_name)
         config = load_config(folder)
@@ -72,20 +66,21 @@ class Predictor:
         shown = config.score_threshold if score_threshold is None else score_threshold
         thresholds = _class_thresholds(shown, tuple(config.class_names))
         # What is not shown needs no mask; below it, nothing changes what is above.
-        changes: dict[str, object] = {"min_score": float(thresholds.min())}
+        settings: dict[str, object] = {"min_score": float(thresholds.min())}
         if max_detections is not None:
-            changes["max_detections"] = max_detections
-        model = build_model(folder, overrides=changes)
-        fold_batch_norms(model)
-        preprocess = Preprocess.from_dict(config.preprocess)
-        if threads is not None:
-            torch.set_num_threads(threads)
+            settings["max_detections"] = max_detections
         return cls(
-            DeployGraph(model, mean=preprocess.mean, std=preprocess.std).eval(),
-            preprocess,
+            load_engine(
+                folder,
+                engine=engine,
+                precision=precision,
+                device=device,
+                threads=threads,
+                settings=settings,
+            ),
+            Preprocess.from_dict(config.preprocess),
             tuple(config.class_names),
             category_ids=tuple(config.category_ids),
-            device=device,
             score_threshold=shown,
         )
 
@@ -106,16 +101,8 @@ class Predictor:
             return [self(one) for one in source]
         image = source if isinstance(source, np.ndarray) else read_image(Path(source))
         resized = self.preprocess.resize(image)
-        raw = self.infer(*self.preprocess.batch([resized]))
+        raw = self.engine.infer(*self.preprocess.batch([resized]))
         return self.postprocess(raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2])
-
-    def infer(self, images: Pixels, sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """The network alone: a batch from Preprocess.batch to DeployGraph's outputs."""
-        with torch.inference_mode():
-            raw = self.graph(
-                torch.from_numpy(images).to(self.device), torch.from_numpy(sizes).to(self.device)
-            )
-        return {name: value.cpu().numpy() for name, value in raw.items()}
 
     def postprocess(
         self,
@@ -125,7 +112,7 @@ class Predictor:
         image_size: tuple[int, ...],
         resized_size: tuple[int, ...],
     ) -> Detections:
-        """Row `index` of infer's outputs as detections in pixels of the original picture.
+        """Row `index` of the engine's results as detections in pixels of the original picture.
 
         Sizes are (height, width). Boxes are clipped to the picture; empty ones are dropped.
         """
@@ -177,44 +164,6 @@ class Predictor:
             whole = ~_cut_by_tile(found, top, left, (height, width), overlap)
             parts.append(found[whole].moved(left, top, (height, width)))
         return _merge_tiles(Detections.concatenate(parts))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name, the first GPU for `auto` where there is one; raises ConfigError."""
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
-    return device
-
-
-def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) -> torch.nn.Module:
-    """The network of a model folder with its weights, as float32; raises ConfigError.
-
-    overrides go over the folder's own settings of the network.
-    """
-    config = load_config(folder)
-    arguments = dict(config.model_args)
-    own = arguments.pop("overrides", None) or {}
-    if not isinstance(own, Mapping):
-        raise ConfigError(f"{folder}: overrides: expected a mapping, found {type(own).__name__}")
-    settings = {**own, **(overrides or {})}
-    num_classes = arguments.pop("num_classes", None)
-    if arguments or num_classes != len(config.class_names):
-        raise ConfigError(
-            f"{folder}: model_args: expected num_classes {len(config.class_names)} (one per class "
-            f"name) and overrides, found num_classes {num_classes} and {sorted(arguments)}"
-        )
-    model = create_model(config.architecture, num_classes=num_classes, overrides=settings)
-    tensors = {name: torch.from_numpy(value) for name, value in load_tensors(folder).items()}
-    load_into(model, tensors, where=str(folder))
-    return model.eval()
 
 
 def paste_mask(

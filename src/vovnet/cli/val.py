@@ -37,13 +37,13 @@ def val(
             f"found {', '.join(data.class_names)}"
         )
     iou_types: tuple[IouType, ...] = ("bbox",)
-    if has_masks(data) and predictor.has_masks:
+    if has_masks(data) and predictor.engine.has_masks:
         iou_types = ("bbox", "segm")
     metrics = evaluate_coco(
         data,
         list(chain.from_iterable(predict_images(predictor, data))),
         iou_types=iou_types,
-        max_detections=predictor.max_detections,
+        max_detections=predictor.engine.max_detections,
         bootstrap=bootstrap,
     )
     print(json.dumps(metrics.to_dict()) if as_json else metrics.format())

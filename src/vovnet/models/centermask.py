@@ -117,6 +117,8 @@ class CenterMask(nn.Module):
     32.
     """
 
+    has_masks = True
+
     def __init__(
         self,
         fcos: FCOS,

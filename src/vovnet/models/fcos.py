@@ -98,6 +98,8 @@ class FCOS(nn.Module):
     32.
     """
 
+    has_masks = False
+
     def __init__(
         self, backbone: nn.Module, neck: nn.Module, head: nn.Module, config: FCOSConfig
     ) -> None:

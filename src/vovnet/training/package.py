@@ -17,6 +17,7 @@ from vovnet.models.deploy import DeployGraph
 from vovnet.models.zoo import task_of
 from vovnet.predict import Predictor
 from vovnet.preprocess import Preprocess
+from vovnet.runtime.torch import TorchEngine
 from vovnet.training.build import model_overrides
 from vovnet.training.checkpoint import Position, library_version
 from vovnet.training.config import TrainConfig
@@ -36,7 +37,8 @@ def evaluate_model(
     """Average precision of a detector by the way that prediction takes; None when stopped."""
     device = next(detector.parameters()).device
     graph = DeployGraph(detector, mean=preprocess.mean, std=preprocess.std).eval()
-    predictor = Predictor(graph, preprocess, data.class_names, device=device)
+    engine = TorchEngine(graph, device=device)
+    predictor = Predictor(engine, preprocess, data.class_names)
     predictions: list[dict[str, Any]] = []
     for found in predict_images(predictor, data):
         predictions += found

@@ -20,8 +20,8 @@ from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import save_model_folder
 from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors
-from vovnet.predict import choose_device
 from vovnet.preprocess import Preprocess
+from vovnet.runtime.torch import choose_device
 from vovnet.training.build import (
     build_detector,
     build_preprocess,

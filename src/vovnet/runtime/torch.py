@@ -1,0 +1,108 @@
+"""The network run by torch itself: what every other engine is compared with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vovnet.errors import ConfigError
+from vovnet.model_folder import load_config, load_tensors
+from vovnet.models.deploy import DeployGraph, fold_batch_norms
+from vovnet.models.weights import load_tensors as load_into
+from vovnet.models.zoo import create_model
+from vovnet.preprocess import Preprocess
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """An Engine around a graph that is already built; the graph moves to the device."""
+
+    name = "torch"
+
+    def __init__(
+        self, graph: DeployGraph, *, device: torch.device, precision: str = "fp32"
+    ) -> None:
+        if precision == "fp16" and device.type == "cpu":
+            raise ConfigError("precision: expected fp32 or bf16 on the CPU, got 'fp16'")
+        self.graph = graph.to(device).to(memory_format=torch.channels_last)
+        self.precision = precision
+        self.device = str(device)
+        config: Any = graph.detector.config
+        self.max_detections: int = config.max_detections
+        self.has_masks: bool = graph.detector.has_masks  # type: ignore[assignment]
+
+    def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """As Engine.infer; copying the results to the CPU waits for the device."""
+        kind = self.device.partition(":")[0]
+        dtype = _DTYPES.get(self.precision)
+        with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            found = self.graph(
+                torch.from_numpy(images).to(self.device), torch.from_numpy(sizes).to(self.device)
+            )
+        return {name: _to_numpy(value) for name, value in found.items()}
+
+
+def load(
+    folder: Path,
+    *,
+    precision: str,
+    device: str,
+    threads: int | None,
+    settings: Mapping[str, object],
+) -> TorchEngine:
+    """The engine of a model folder, BatchNorm folded; fp32 unless stated. Raises ConfigError."""
+    chosen = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = build_model(folder, overrides=settings)
+    fold_batch_norms(model)
+    preprocess = Preprocess.from_dict(load_config(folder).preprocess)
+    graph = DeployGraph(model, mean=preprocess.mean, std=preprocess.std).eval()
+    return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, the first GPU for `auto` where there is one; raises ConfigError."""
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or auto, found {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: expected a usable GPU for {name!r}, found none")
+    return device
+
+
+def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) -> torch.nn.Module:
+    """The network of a model folder with its weights, as float32; raises ConfigError.
+
+    overrides go over the folder's own settings of the network.
+    """
+    config = load_config(folder)
+    arguments = dict(config.model_args)
+    own = arguments.pop("overrides", None) or {}
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{folder}: overrides: expected a mapping, found {type(own).__name__}")
+    settings = {**own, **(overrides or {})}
+    num_classes = arguments.pop("num_classes", None)
+    if arguments or num_classes != len(config.class_names):
+        raise ConfigError(
+            f"{folder}: model_args: expected num_classes {len(config.class_names)} (one per class "
+            f"name) and overrides, found num_classes {num_classes} and {sorted(arguments)}"
+        )
+    model = create_model(config.architecture, num_classes=num_classes, overrides=settings)
+    tensors = {name: torch.from_numpy(value) for name, value in load_tensors(folder).items()}
+    load_into(model, tensors, where=str(folder))
+    return model.eval()
+
+
+def _to_numpy(value: torch.Tensor) -> NDArray[Any]:
+    value = value.cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

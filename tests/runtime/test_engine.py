@@ -1,0 +1,65 @@
+"""Choosing an engine, and what every engine gives."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vovnet import _lazy
+from vovnet.errors import ConfigError
+from vovnet.runtime.engine import load_engine
+
+
+def picture() -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    return images, np.array([[60, 90]], np.int64)
+
+
+@pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
+def test_results_have_the_declared_shapes(model_folder: Path, name: str) -> None:
+    engine = load_engine(model_folder, engine=name)
+    found = engine.infer(*picture())
+    count = engine.max_detections
+    assert engine.has_masks
+    assert engine.name in _lazy.ENGINES
+    assert {key: value.shape for key, value in found.items()} == {
+        "boxes": (1, count, 4),
+        "scores": (1, count),
+        "labels": (1, count),
+        "valid": (1, count),
+        "mask_probs": (1, count, 28, 28),
+        "mask_scores": (1, count),
+    }
+
+
+def test_settings_change_the_network(model_folder: Path) -> None:
+    engine = load_engine(model_folder, settings={"max_detections": 3})
+    assert engine.max_detections == 3
+    assert engine.infer(*picture())["boxes"].shape == (1, 3, 4)
+
+
+def test_half_precision_is_near_full_precision(model_folder: Path) -> None:
+    full = load_engine(model_folder, precision="fp32")
+    half = load_engine(model_folder, precision="bf16")
+    assert (full.precision, half.precision) == ("fp32", "bf16")
+    expected, found = full.infer(*picture()), half.infer(*picture())
+    assert found["scores"].dtype == np.float32
+    assert np.abs(found["scores"] - expected["scores"]).max() < 0.02
+    assert (found["scores"] != expected["scores"]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "abacus"}, "engine: expected auto, torch"),
+        ({"precision": "fp7"}, "precision: expected auto, fp32"),
+        ({"precision": "fp16", "device": "cpu"}, "expected fp32 or bf16 on the CPU"),
+        ({"device": "toaster"}, "device: expected cpu"),
+        ({"settings": {"colour": 1}}, "model settings: expected one of"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(
+    model_folder: Path, arguments: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_engine(model_folder, **arguments)
