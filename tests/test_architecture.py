@@ -79,6 +79,7 @@ ORDER = [
     "cli.train",
     "cli.val",
     "cli.main",
+    "__main__",
     "vovnet",
 ]
 

@@ -172,6 +172,9 @@ def test_round_trip_through_json(preprocess: Preprocess) -> None:
         ("size_divisor", None),
         ("size_divisor", 0),
         ("size_divisor", True),
+        ("size_divisor", 10**9),
+        ("scale", 1e9),
+        ("short_side", 10**9),
     ],
 )
 def test_from_dict_refuses_wrong_values(name: str, value: object) -> None:
@@ -191,6 +194,11 @@ def test_from_dict_refuses_unknown_and_missing_keys() -> None:
         Preprocess.from_dict({})
     with pytest.raises(ConfigError, match="expected a mapping, got list"):
         Preprocess.from_dict([])  # type: ignore[arg-type]
+
+
+def test_a_resize_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"got 1000000 x 1000000 for an image of 10000 x 10000"):
+        Preprocess(scale=100.0, max_long_side=None).output_size(10_000, 10_000)
 
 
 def test_two_size_rules_at_once_are_refused() -> None:

@@ -16,6 +16,11 @@ from .errors import ConfigError
 
 RGB = tuple[float, float, float]
 
+# Beyond these nothing but memory runs out.
+MAX_SIDE = 65_536
+MAX_SCALE = 100.0
+MAX_RESIZED_PIXELS = 2**28
+
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
@@ -39,19 +44,22 @@ class Preprocess:
         _require(_is_rgb(self.mean), "mean", "three finite numbers", self.mean)
         positive = _is_rgb(self.std) and min(self.std) > 0
         _require(positive, "std", "three finite numbers above 0", self.std)
-        positive = _is_number(self.scale) and self.scale > 0
-        _require(positive, "scale", "a finite number above 0", self.scale)
+        allowed = _is_number(self.scale) and 0 < self.scale <= MAX_SCALE
+        _require(allowed, "scale", f"a number above 0, at most {MAX_SCALE:g}", self.scale)
         for name in ("short_side", "max_long_side"):
             value = getattr(self, name)
             allowed = value is None or _is_count(value)
-            _require(allowed, name, "a whole number above 0, or None", value)
+            _require(allowed, name, f"a whole number in 1..{MAX_SIDE}, or None", value)
         allowed = _is_count(self.size_divisor)
-        _require(allowed, "size_divisor", "a whole number above 0", self.size_divisor)
+        _require(allowed, "size_divisor", f"a whole number in 1..{MAX_SIDE}", self.size_divisor)
         allowed = self.short_side is None or self.scale == 1.0
         _require(allowed, "scale", "1.0 where short_side is set", self.scale)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) in pixels that an image of this size is resized to."""
+        """Return the (height, width) in pixels that an image of this size is resized to.
+
+        Raises ConfigError where that is more than MAX_RESIZED_PIXELS.
+        """
         if height < 1 or width < 1:
             raise ValueError(f"image size: expected sides of at least 1, got {height} x {width}")
         ratio = self.scale
@@ -60,7 +68,13 @@ class Preprocess:
         long_side = max(height, width)
         limit = math.inf if self.max_long_side is None else self.max_long_side
         ratio = min(ratio, limit / long_side)
-        return _scaled(height, ratio), _scaled(width, ratio)
+        resized = _scaled(height, ratio), _scaled(width, ratio)
+        if resized[0] * resized[1] > MAX_RESIZED_PIXELS:
+            raise ConfigError(
+                f"preprocess: expected at most {MAX_RESIZED_PIXELS} pixels after the resize, "
+                f"got {resized[0]} x {resized[1]} for an image of {height} x {width}"
+            )
+        return resized
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize a uint8 (H, W, 3) RGB image to its `output_size`, bilinear and antialiased.
@@ -146,7 +160,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
 
 
 def _is_rgb(value: object) -> bool:

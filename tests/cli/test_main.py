@@ -89,6 +89,7 @@ def test_predict(monkeypatch, capsys, data_dir: Path, model_folder: Path, tmp_pa
         (["--model", "MODEL", "--source", "IMAGES", "--device", "quantum"], 2, "device"),
         (["--model", "MODEL", "--source", "IMAGES", "--device", "meta"], 2, "device"),
         (["--model", "MODEL", "--source", "IMAGES", "--max-detections", "999999999"], 2, "whole"),
+        (["--model", "MODEL", "--source", "IMAGES", "--output", "FILE"], 2, "expected a folder"),
         (["--model", "MODEL"], 2, "--source"),
     ],
 )
@@ -103,7 +104,11 @@ def test_wrong_arguments(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {"MODEL": str(model_folder), "IMAGES": str(data_dir / "images")}
+    places = {
+        "MODEL": str(model_folder),
+        "IMAGES": str(data_dir / "images"),
+        "FILE": str(data_dir / "annotations" / "val.json"),
+    }
     arguments = [places.get(argument, argument) for argument in arguments]
     assert run(monkeypatch, "predict", *arguments) == code
     error = capsys.readouterr().err

@@ -37,6 +37,8 @@ def predict(
         overlap = 128 if tile is None else min(128, tile // 4)
     if tile is not None and overlap >= tile:
         raise ConfigError(f"overlap: expected less than the tile's {tile} pixels, got {overlap}")
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"output: expected a folder, found the file {output}")
     return_large_blocks()
     paths = find_images(source)
     predictor = Predictor.load(
