@@ -22,8 +22,11 @@ ATTRIBUTES = {
 
 COMMANDS = {
     "check": "vovnet.cli.check:check",
+    "choose": "vovnet.cli.choose:choose",
+    "convert": "vovnet.cli.convert:convert",
     "models": "vovnet.cli.models:models",
     "predict": "vovnet.cli.predict:predict",
+    "profile": "vovnet.cli.profile:profile",
     "train": "vovnet.cli.train:train",
     "val": "vovnet.cli.val:val",
 }

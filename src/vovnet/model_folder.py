@@ -57,8 +57,8 @@ class ModelConfig(BaseModel):
     model_args: dict[str, Any]
     """Arguments of `create_model`: num_classes and overrides."""
     task: Literal["detect", "segment", "classify"]
-    class_names: list[str] = Field(min_length=1)
-    """In the order of the network's outputs."""
+    class_names: list[str]
+    """In the order of the network's outputs; none for a backbone, whose task is classify."""
     category_ids: list[int]
     """The data set's own id of each class, in the order of class_names."""
     preprocess: dict[str, Any]
@@ -91,6 +91,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_category_per_class(self) -> Self:
+        if not self.class_names and self.task != "classify":
+            raise ValueError("'class_names' must name at least 1 class")
         if len(self.category_ids) != len(self.class_names):
             raise ValueError(
                 f"category_ids must name one id for each of the {len(self.class_names)} "

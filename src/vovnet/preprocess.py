@@ -19,7 +19,7 @@ RGB = tuple[float, float, float]
 # Beyond these nothing but memory runs out.
 MAX_SIDE = 65_536
 MAX_SCALE = 100.0
-MAX_RESIZED_PIXELS = 2**28
+MAX_RESIZED_PIXELS = 2**30
 
 
 @dataclass(frozen=True, slots=True)

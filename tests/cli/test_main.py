@@ -52,7 +52,8 @@ def data_dir(tmp_path: Path) -> Path:
 def test_models(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "models", "ese_vovnet39*", "--json") == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {"name": "ese_vovnet39b", "task": "classify"} in listed["models"]
+    tasks = {model["name"]: model["task"] for model in listed["models"]}
+    assert tasks["ese_vovnet39b"] == "classify"
     assert run(monkeypatch, "models", "--task", "fly") == 2
     assert "expected one of classify, detect, segment, got 'fly'" in capsys.readouterr().err
 

@@ -21,7 +21,9 @@ def golden_value(key: str, shape: list[int]) -> Tensor:
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
     random = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    if len(shape) >= 2:
+    if re.search(r"(objectness_logits|anchor_deltas|box_predictor\.\w+)\.weight$", key):
+        value = random * np.sqrt(2.0 / np.prod(shape[1:])) * 0.02
+    elif len(shape) >= 2:
         value = random * np.sqrt(2.0 / np.prod(shape[1:]))
     elif key.endswith("running_var"):
         value = 1 + 0.1 * np.abs(random)
@@ -60,7 +62,7 @@ def backbone_key(key: str) -> str:
     return key
 
 
-DETECTOR_RULES = {
+CENTERMASK_RULES = {
     r"^backbone\.fpn_lateral(\d)\.": lambda m: f"fcos.neck.lateral.{int(m[1]) - 3}.",
     r"^backbone\.fpn_output(\d)\.": lambda m: f"fcos.neck.output.{int(m[1]) - 3}.",
     r"^backbone\.top_block\.": "fcos.neck.",
@@ -79,7 +81,32 @@ DETECTOR_RULES = {
 }
 
 
-def detector_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
+RCNN_RULES = {
+    r"^backbone\.fpn_(lateral|output)(\d)\.": lambda m: f"neck.{m[1]}.{int(m[2]) - 2}.",
+    r"^proposal_generator\.rpn_head\.": "rpn.",
+    r"\.objectness_logits\.": ".objectness.",
+    r"\.anchor_deltas\.": ".deltas.",
+    r"^roi_heads\.box_head\.fc(\d)\.": lambda m: f"box_head.fcs.{int(m[1]) - 1}.",
+    r"^roi_heads\.box_predictor\.cls_score\.": "box_head.logits.",
+    r"^roi_heads\.box_predictor\.bbox_pred\.": "box_head.deltas.",
+}
+
+
+def rcnn_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
+    """The keys of Faster R-CNN in detectron2 to our state dict."""
+    weights = {}
+    for key, shape in keys.items():
+        if key in ("pixel_mean", "pixel_std"):
+            continue
+        if key.startswith("backbone.bottom_up."):
+            ours = "backbone." + backbone_key(key.removeprefix("backbone.bottom_up."))
+        else:
+            ours = _rename(key, RCNN_RULES)
+        weights[ours] = golden_value(key, shape)
+    return weights
+
+
+def centermask_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
     """CenterMask2's keys to our state dict; the five scales become one parameter."""
     weights, scales = {}, []
     for key, shape in keys.items():
@@ -92,8 +119,12 @@ def detector_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
         if key.startswith("backbone.bottom_up."):
             ours = "fcos.backbone." + backbone_key(key.removeprefix("backbone.bottom_up."))
         else:
-            ours = key
-            for pattern, replacement in DETECTOR_RULES.items():
-                ours = re.sub(pattern, replacement, ours)
+            ours = _rename(key, CENTERMASK_RULES)
         weights[ours] = value
     return weights | {"fcos.head.scales": torch.cat(scales)}
+
+
+def _rename(key: str, rules: dict) -> str:
+    for pattern, replacement in rules.items():
+        key = re.sub(pattern, replacement, key)
+    return key

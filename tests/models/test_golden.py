@@ -8,7 +8,13 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from tests.models.golden import backbone_key, detector_weights, golden_value, read
+from tests.models.golden import (
+    backbone_key,
+    centermask_weights,
+    golden_value,
+    rcnn_weights,
+    read,
+)
 from vovnet.models.boxes import Target
 from vovnet.models.fcos import level_points
 from vovnet.models.zoo import create_model
@@ -57,6 +63,7 @@ def test_backbone_equals_the_authors(name: str) -> None:
 
 
 GOLDEN = read("det_centermask_lite_V_19_slim_eSE.json")
+RCNN = read("det_faster_rcnn_V_19_slim_FPNLite.json")
 
 
 @dataclass
@@ -106,15 +113,15 @@ def ellipse(box: list[float]) -> np.ndarray:
     )
 
 
-def golden_images() -> tuple[Tensor, Tensor]:
+def golden_images(case: dict) -> tuple[Tensor, Tensor]:
     """The normalised, padded batch and the sizes before padding."""
     mean, std = (  # stored in float32 by the authors' code
-        np.array(GOLDEN["config"][key], dtype=np.float32).astype(np.float64)[:, None, None]
+        np.array(case["config"][key], dtype=np.float32).astype(np.float64)[:, None, None]
         for key in ("pixel_mean", "pixel_std")
     )
-    batch = torch.zeros(GOLDEN["padded_batch"], dtype=torch.float64)
+    batch = torch.zeros(case["padded_batch"], dtype=torch.float64)
     sizes = []
-    for index, image in enumerate(GOLDEN["images"]):
+    for index, image in enumerate(case["images"]):
         pixels = np.random.RandomState(image["seed"]).randint(0, 256, image["shape"])
         pixels = (pixels.astype(np.uint8) - mean) / std
         sizes.append(image["shape"][1:])
@@ -128,14 +135,14 @@ def detector() -> torch.nn.Module:
         "centermask_lite_ese_vovnet19_slim_d2",
         overrides={"norm": "frozen_bn"},
     )
-    model.double().eval().load_state_dict(detector_weights(GOLDEN["keys"]))
+    model.double().eval().load_state_dict(centermask_weights(GOLDEN["keys"]))
     return model
 
 
 @pytest.fixture(scope="module")
 def raw(detector: torch.nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
-        return detector(golden_images()[0])
+        return detector(golden_images(GOLDEN)[0])
 
 
 def test_pyramid_and_raw_outputs(raw: dict[str, Tensor]) -> None:
@@ -152,7 +159,7 @@ def test_pyramid_and_raw_outputs(raw: dict[str, Tensor]) -> None:
 
 def test_detections(detector: torch.nn.Module, raw: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        found = detector.detect(raw, golden_images()[1])
+        found = detector.detect(raw, golden_images(GOLDEN)[1])
     for image, expected in enumerate(GOLDEN["detections"]):
         assert found["valid"][image].all()
         np.testing.assert_allclose(found["boxes"][image].numpy(), expected["boxes"], atol=1e-4)
@@ -180,7 +187,7 @@ def golden_targets() -> list[Target]:
 
 def test_losses(detector: torch.nn.Module, raw: dict[str, Tensor]) -> None:
     targets = golden_targets()
-    losses = detector.loss(raw, targets, golden_images()[1])
+    losses = detector.loss(raw, targets, golden_images(GOLDEN)[1])
     expected = GOLDEN["losses_full"]
     names = {
         "loss_cls": "loss_fcos_cls",
@@ -193,3 +200,19 @@ def test_losses(detector: torch.nn.Module, raw: dict[str, Tensor]) -> None:
     assert losses["loss_mask_iou"].item() == pytest.approx(expected["loss_maskiou"], rel=1e-4)
     boxes, _ = detector._foreground(raw, targets)
     assert [len(box) for box in boxes] == [15, 35]
+
+
+def test_faster_rcnn_equals_the_authors() -> None:
+    model = create_model("faster_rcnn_lite_ese_vovnet19_slim_d2", overrides={"norm": "frozen_bn"})
+    model.double().eval().load_state_dict(rcnn_weights(RCNN["keys"]))
+    images, sizes = golden_images(RCNN)
+    with torch.no_grad():
+        raw = model(images)
+        found = model.detect(raw, sizes)
+    for level, expected in RCNN["fpn"].items():
+        assert_summary(raw[level], expected, relative=1e-9)
+    for image, expected in enumerate(RCNN["detections"]):
+        assert found["valid"][image].all()
+        np.testing.assert_allclose(found["boxes"][image].numpy(), expected["boxes"], atol=1e-3)
+        assert found["labels"][image].tolist() == expected["classes"]
+        np.testing.assert_allclose(found["scores"][image].numpy(), expected["scores"], atol=1e-5)

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask
 from vovnet.models.fcos import FCOS
+from vovnet.models.rcnn import FasterRCNN, MaskRCNN
 from vovnet.models.vovnet import VARIANTS
 from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
-from vovnet.models.zoo import create_model, list_models, task_of
+from vovnet.models.zoo import create_model, list_models, split_name, task_of
 from vovnet.profiling.count import count_parameters
 
 SMALL = "ese_vovnet19b_slim_dw"
@@ -23,13 +24,33 @@ def test_every_backbone_and_every_detector_can_be_built() -> None:
     for name in [*VARIANTS, *detectors]:
         with torch.device("meta"):
             model = create_model(name)
-        kinds = {"classify": torch.nn.Module, "detect": FCOS, "segment": CenterMask}
-        assert isinstance(model, kinds[task_of(name)])
+        has_masks = {"classify": None, "detect": False, "segment": True}
+        assert getattr(model, "has_masks", None) == has_masks[task_of(name)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "strides"),
+    [
+        ("fcos", FCOS, [8, 16, 32]),
+        ("centermask_lite", CenterMask, [8, 16, 32]),
+        ("faster_rcnn", FasterRCNN, [4, 8, 16, 32]),
+        ("mask_rcnn_lite", MaskRCNN, [4, 8, 16, 32]),
+    ],
+)
+def test_a_name_says_the_network(kind: str, network: type, strides: list[int]) -> None:
+    with torch.device("meta"):
+        model = create_model(f"{kind}_{SMALL}", in_chans=4, drop_path_rate=0.1)
+    assert type(model) is network
+    assert model.backbone.feature_info.reduction() == strides
+    assert model.backbone.stem[0].conv.in_channels == 4
 
 
 def test_listing_by_pattern_and_task() -> None:
     assert list_models("ese_vovnet39b") == ["ese_vovnet39b"]
-    assert all(name.startswith("centermask") for name in list_models(task="segment"))
+    segmenters = list_models(task="segment")
+    assert {split_name(name)[0] for name in segmenters} == {
+        "centermask", "centermask_lite", "mask_rcnn", "mask_rcnn_lite",
+    }  # fmt: skip
     assert list_models("no such model") == []
 
 

@@ -1,6 +1,7 @@
 """What the user sees of the command line. The verbs themselves load when they are called.
 
-Exit codes: 0 ok, 1 failed, 2 usage or config, 3 bad data, 130 and 143 interrupted after saving.
+Exit codes: 0 ok, 1 failed, 2 usage or config, 3 bad data, 4 a gate not met, 130 and 143
+interrupted after saving.
 """
 
 import sys
@@ -74,6 +75,20 @@ def check(
 ) -> None:
     """Name every bad file and annotation of a data set; exit code 3 if there is one."""
     _call("check", data, split, json)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="Checkpoint: .pth or .safetensors.")],
+    to: Annotated[Path, typer.Option(help="Model folder to write; must not hold anything.")],
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Shell pattern of tensors that are not wanted; repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint of another VoVNet project into a model folder, with a report."""
+    _call("convert", file, to, leave_out or [], json)
 
 
 @app.command()
@@ -167,3 +182,101 @@ def predict(
     """Find objects in images; writes pictures, COCO results and JSON lines."""
     arguments = (model, source, output, save, score_threshold or [], max_detections)
     _call("predict", *arguments, tile, overlap, device, threads, json)
+
+
+@app.command()
+def profile(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Model folders, bundled models, architectures or .onnx files."),
+    ],
+    engine: Annotated[str, typer.Option(help="auto, or the engine of model folders.")] = "auto",
+    device: Device = "auto",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.")] = None,
+    image_size: Annotated[
+        list[str] | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; repeatable.")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="CPU threads; repeatable.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable.")
+    ] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="nhwc or nchw, of torch modules; repeatable.")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Picture to look at; default: random pixels.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Least number of times.")] = 30,
+    max_seconds: Annotated[
+        float, typer.Option(min=0, help="Time after which no further rounds start.")
+    ] = 60.0,
+    energy: Annotated[bool, typer.Option(help="Measure joules where there is a meter.")] = True,
+    end_to_end: Annotated[bool, typer.Option(help="Time the stages from file to results.")] = True,
+    cold_starts: Annotated[int, typer.Option(min=0, help="Fresh processes to time.")] = 3,
+    roofline: Annotated[bool, typer.Option(help="Time and place each layer.")] = True,
+    new_ceilings: Annotated[
+        bool, typer.Option("--new-ceilings", help="Measure the device's ceilings afresh.")
+    ] = False,
+    layers: Annotated[int, typer.Option(min=0, help="Slowest layers to print.")] = 10,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set to measure accuracy on; default: as recorded.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "val",
+    csv: Annotated[Path | None, typer.Option(help="Write a CSV file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML page with plots.")] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Write the cost into the folder's config.json.")
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Saved --json, or a model folder to run against; exit code 4 on a rise."),
+    ] = None,
+    max_increase: Annotated[str, typer.Option(help="Rise that is allowed: 5% or 0.05.")] = "5%",
+    seed: Annotated[int, typer.Option(help="Of the order of rounds.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure what an image costs: operations, milliseconds, joules, and the roofline."""
+    sweep = (batch or [], image_size or [], threads or [], precision or [], layout or [])
+    measured = (energy, end_to_end, cold_starts, roofline, new_ceilings, layers)
+    outputs = (data, split, csv, html, update_card, baseline, max_increase, seed, json)
+    arguments = (models, engine, device, *sweep, source, rounds, max_seconds)
+    _call("profile", *arguments, *measured, *outputs)
+
+
+@app.command()
+def choose(
+    folders: Annotated[
+        list[str] | None, typer.Argument(help="Model folders beside the bundled ones.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="classify, detect or segment.")] = "segment",
+    max_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds one image may take, file to results.")
+    ] = None,
+    max_joules: Annotated[float | None, typer.Option(help="Joules one image may take.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set to measure accuracy on; default: as recorded.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "val",
+    architectures: Annotated[
+        str | None, typer.Option(help="Pattern of architectures to list with their counts.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, or the engine to run on.")] = "auto",
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    threads: Threads = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Picture to look at; default: random pixels.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; default: 512, 224.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Least number of times.")] = 30,
+    max_seconds: Annotated[float, typer.Option(min=0, help="For each model.")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Find the most accurate model that fits a budget on this machine; 4 when none does."""
+    limits = (folders or [], task, max_ms, max_joules, data, split, architectures)
+    running = (engine, device, precision, threads, source, image_size, rounds, max_seconds)
+    _call("choose", *limits, *running, json)

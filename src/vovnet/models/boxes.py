@@ -1,15 +1,30 @@
-"""Boxes: training targets, grid points, and non-maximum suppression. Boxes are xyxy in input
-pixels.
+"""Boxes: training targets, coding, matching, sampling, and non-maximum suppression. Boxes are xyxy
+in input pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
-from vovnet.models.roi import InstanceMasks
+MAX_LOG_SCALE = log(1000 / 16)  # of a decoded width or height over its reference's
+
+
+class InstanceMasks(Protocol):
+    """The true masks of N objects, asked for as the mask losses need them."""
+
+    def to(self, device: torch.device | str) -> "InstanceMasks":
+        """The same masks on a device."""
+
+    def rasterize(self, boxes_xyxy: Tensor, indices: Tensor, size: int) -> Tensor:
+        """(M, size, size) of 0 and 1: object indices[m] inside box m, resampled."""
+
+    def visible_fraction(self, boxes_xyxy: Tensor, indices: Tensor) -> Tensor:
+        """(M,) in (0, 1]: the part of object indices[m]'s area that lies inside box m."""
 
 
 @dataclass(slots=True)
@@ -44,6 +59,91 @@ def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
     xyxy.
     """
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def encode_boxes(
+    boxes_xyxy: Tensor, references_xyxy: Tensor, *, weights: tuple[float, float, float, float]
+) -> Tensor:
+    """What leads from references (..., 4) to boxes (..., 4), as dx, dy, dw, dh times weights
+    (R-CNN).
+
+    dx, dy: distance of the centres in widths and heights of the reference; dw, dh: logarithm of the
+    ratio of the sides.
+    """
+    reference_sides = references_xyxy[..., 2:] - references_xyxy[..., :2]
+    sides = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
+    centers = boxes_xyxy[..., :2] + sides / 2
+    offsets = centers - (references_xyxy[..., :2] + reference_sides / 2)
+    deltas = torch.cat([offsets / reference_sides, torch.log(sides / reference_sides)], dim=-1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode_boxes(
+    deltas: Tensor, references_xyxy: Tensor, *, weights: tuple[float, float, float, float]
+) -> Tensor:
+    """The boxes (..., 4) that encode_boxes turns to deltas; sides grow at most 1000 / 16 times."""
+    deltas = deltas / deltas.new_tensor(weights)
+    reference_sides = references_xyxy[..., 2:] - references_xyxy[..., :2]
+    centers = references_xyxy[..., :2] + reference_sides / 2 + deltas[..., :2] * reference_sides
+    half = reference_sides * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    return torch.cat([centers - half, centers + half], dim=-1)
+
+
+def clip_boxes(boxes_xyxy: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (..., N, 4) cut at their image; sizes (..., 2) height and width."""
+    limits = sizes.flip(-1).to(boxes_xyxy)
+    return boxes_xyxy.clamp(min=0).minimum(torch.cat([limits, limits], dim=-1)[..., None, :])
+
+
+def match_boxes(
+    candidates_xyxy: Tensor, boxes_xyxy: Tensor, *, chunk: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of A candidates: its highest IoU (A,), the first of N boxes with it (A,), and
+    whether no other candidate overlaps some box more (A,).
+
+    chunk: boxes looked at together; A x chunk overlaps are in memory, never A x N.
+    """
+    best = candidates_xyxy.new_zeros(len(candidates_xyxy))
+    matched = torch.zeros_like(best, dtype=torch.int64)
+    closest = torch.zeros_like(best, dtype=torch.bool)
+    for start in range(0, len(boxes_xyxy), chunk):
+        # Two boxes without area share 0 / 0.
+        iou = box_iou(boxes_xyxy[start : start + chunk], candidates_xyxy).nan_to_num()
+        highest = iou.amax(1, keepdim=True)
+        closest |= ((iou == highest) & (highest > 0)).any(0)
+        value, index = iou.max(0)
+        better = value > best
+        best = torch.where(better, value, best)
+        matched = torch.where(better, index + start, matched)
+    return best, matched, closest
+
+
+def covered_fraction(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
+    """(N,) in 0..1: the largest part of each box's area that one of M regions covers."""
+    if len(regions_xyxy) == 0:
+        return boxes_xyxy.new_zeros(len(boxes_xyxy))
+    low = torch.maximum(boxes_xyxy[:, None, :2], regions_xyxy[None, :, :2])
+    high = torch.minimum(boxes_xyxy[:, None, 2:], regions_xyxy[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(2).amax(1)
+    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=0).prod(1)
+    return (shared / areas).nan_to_num()
+
+
+def sample_balanced(
+    positive: Tensor, negative: Tensor, *, count: int, positive_fraction: float
+) -> tuple[Tensor, Tensor]:
+    """Indices of at most count * positive_fraction positives, and of negatives that fill up to
+    count.
+
+    positive, negative (A,) bool. Drawn by torch's CPU generator on every device.
+    """
+    positives = _draw(positive, int(count * positive_fraction))
+    return positives, _draw(negative, count - len(positives))
+
+
+def _draw(wanted: Tensor, limit: int) -> Tensor:
+    indices = torch.nonzero(wanted)[:, 0]
+    return indices[torch.randperm(len(indices))[:limit].to(indices.device)]
 
 
 def class_wise_nms(

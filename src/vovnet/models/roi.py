@@ -4,26 +4,12 @@ them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from vovnet.models.layers import at_least_float32
-
-
-class InstanceMasks(Protocol):
-    """The true masks of N objects, asked for as the mask losses need them."""
-
-    def to(self, device: torch.device | str) -> "InstanceMasks":
-        """The same masks on a device."""
-
-    def rasterize(self, boxes_xyxy: Tensor, indices: Tensor, size: int) -> Tensor:
-        """(M, size, size) of 0 and 1: object indices[m] inside box m, resampled."""
-
-    def visible_fraction(self, boxes_xyxy: Tensor, indices: Tensor) -> Tensor:
-        """(M,) in (0, 1]: the part of object indices[m]'s area that lies inside box m."""
 
 
 @dataclass(slots=True)
@@ -74,6 +60,27 @@ def assign_levels(
     height = boxes_xyxy[:, 3] - boxes_xyxy[:, 1]
     areas = (width.clamp(min=0) * height.clamp(min=0)).clamp(min=1e-6)
     levels = torch.ceil(max_level - torch.log2(input_areas / areas))
+    return levels.clamp(min_level, max_level).long()
+
+
+def assign_levels_by_size(
+    boxes_xyxy: Tensor,
+    *,
+    min_level: int,
+    max_level: int,
+    canonical_level: int = 4,
+    canonical_size: float = 224.0,
+) -> Tensor:
+    """Pyramid level of each box, (M,) int64: floor(canonical_level + log2(sqrt(w h) / 224))
+    (CenterMask, equation 1; FPN).
+
+    canonical_size in pixels of the input: the side of a box that is read from canonical_level.
+    """
+    width = (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]).clamp(min=0)
+    height = (boxes_xyxy[:, 3] - boxes_xyxy[:, 1]).clamp(min=0)
+    # The 1e-8 is detectron2's: it decides on which side boxes of exactly a power of two fall.
+    relative = (width * height).sqrt() / canonical_size + 1e-8
+    levels = torch.floor(canonical_level + torch.log2(relative))
     return levels.clamp(min_level, max_level).long()
 
 

@@ -7,27 +7,38 @@ State-dict keys of timm's variants are timm's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from vovnet.errors import ConfigError
 from vovnet.models.layers import (
+    AtrousMaxPool,
+    Attention,
+    ClassifierHead,
+    ConvKind,
     ConvNormAct,
-    EffectiveSqueezeExcite,
-    EfficientChannelAttention,
+    FeatureInfo,
     NormKind,
-    SeparableConvNormAct,
+    init_weights,
+    make_attention,
+    make_conv3x3,
+    resolve_indices,
 )
 
-Attention = Literal["none", "ese", "eca"]
+AttentionPlace = Literal["last_block", "every_block"]
+Stem = Literal["code", "paper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VoVNetConfig:
-    """The shape of one VoVNet; channels in order of depth, stages 2 to 5 of the papers."""
+    """The shape of one VoVNet; channels in order of depth, stages 2 to 5 of the papers.
+
+    Raises ConfigError on a choice that there is not.
+    """
 
     stem_channels: tuple[int, int, int] = (64, 64, 128)
     stage_conv_channels: tuple[int, int, int, int] = (128, 160, 192, 224)
@@ -36,30 +47,38 @@ class VoVNetConfig:
     blocks_per_stage: tuple[int, int, int, int]
     depthwise: bool = False
     attention: Attention = "none"
-    attention_in: Literal["last_block", "every_block"] = "last_block"
+    attention_in: AttentionPlace = "last_block"
     identity: bool = True  # from the second block of a stage on
-    stem: Literal["code", "paper"] = "code"  # code: strides 2, 1, 2; paper: 2, 1, 1 and a pool
+    stem: Stem = "code"  # code: strides 2, 1, 2; paper: 2, 1, 1 and a pool
     norm: NormKind = "bn"
+    deformable_stages: tuple[int, ...] = ()  # of 2 to 5: all 3x3 convolutions of their blocks
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if not set(self.deformable_stages) <= set(range(2, 6)):
+            raise ConfigError(
+                f"deformable_stages: expected some of 2..5, got {self.deformable_stages}"
+            )
+        if self.depthwise and self.deformable_stages:
+            raise ConfigError("deformable_stages: expected none in a depthwise network")
+
+    def conv_of(self, stage: int) -> ConvKind:
+        """What the 3x3 convolutions of a stage are, counted from 0."""
+        if stage + 2 in self.deformable_stages:
+            return "deformable"
+        return "depthwise" if self.depthwise else "plain"
 
 
-def make_attention(kind: Attention, channels: int) -> nn.Module:
-    """The channel attention after the aggregation; raises ValueError on an unknown kind."""
-    if kind == "none":
-        return nn.Identity()
-    if kind == "ese":
-        return EffectiveSqueezeExcite(channels)
-    if kind == "eca":
-        return EfficientChannelAttention(channels)
-    raise ValueError(f"attention: expected none, ese or eca, got {kind!r}")
-
-
-def make_conv3x3(
-    in_channels: int, out_channels: int, *, stride: int, depthwise: bool, norm: NormKind
-) -> nn.Module:
-    """A plain or a depthwise separable 3x3 with norm and ReLU."""
-    if depthwise:
-        return SeparableConvNormAct(in_channels, out_channels, stride=stride, norm=norm)
-    return ConvNormAct(in_channels, out_channels, kernel=3, stride=stride, norm=norm)
+_CHOICES = {
+    "attention": get_args(Attention),
+    "attention_in": get_args(AttentionPlace),
+    "stem": get_args(Stem),
+    "norm": get_args(NormKind),
+}
 
 
 class OsaBlock(nn.Module):
@@ -72,7 +91,8 @@ class OsaBlock(nn.Module):
         out_channels: int,
         *,
         layers: int,
-        depthwise: bool,
+        conv: ConvKind,
+        dilation: int,
         attention: Attention,
         identity: bool,
         norm: NormKind,
@@ -80,7 +100,7 @@ class OsaBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.identity = identity
-        reduce = depthwise and in_channels != mid_channels
+        reduce = conv == "depthwise" and in_channels != mid_channels
         self.conv_reduction = (
             ConvNormAct(in_channels, mid_channels, kernel=1, stride=1, norm=norm)
             if reduce
@@ -89,10 +109,11 @@ class OsaBlock(nn.Module):
         first_channels = mid_channels if reduce else in_channels
         self.conv_mid = nn.ModuleList(
             make_conv3x3(
+                conv,
                 mid_channels if index else first_channels,
                 mid_channels,
                 stride=1,
-                depthwise=depthwise,
+                dilation=dilation,
                 norm=norm,
             )
             for index in range(layers)
@@ -113,16 +134,35 @@ class OsaBlock(nn.Module):
         return y + x if self.identity else y
 
 
+def make_pool(dilation: int) -> nn.Module:
+    """The max-pool in front of a stage with this dilation."""
+    if dilation == 1:
+        return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    return AtrousMaxPool(dilation // 2)
+
+
 class OsaStage(nn.Module):
-    """OSA blocks of one resolution, after a max-pool where the stage halves it."""
+    """OSA blocks of one resolution, after a max-pool where the stage halves it.
+
+    Beyond output_stride nothing is halved: the pool takes its window at every pixel, and the taps
+    of all later 3x3 convolutions and pools move apart by as much. The same weights then give the
+    strided network's values at every second (fourth) pixel, up to attention and the lower and
+    right rim of maps of odd size. No published VoVNet is dilated; this arrangement is ours.
+    """
 
     def __init__(
-        self, config: VoVNetConfig, stage: int, in_channels: int, drop_paths: Sequence[float]
+        self,
+        config: VoVNetConfig,
+        stage: int,
+        in_channels: int,
+        drop_paths: Sequence[float],
+        output_stride: int,
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        dilation = max(4 * 2**stage // output_stride, 1)
         downsample = stage > 0 or config.stem == "paper"
-        self.pool = nn.MaxPool2d(3, stride=2, ceil_mode=True) if downsample else nn.Identity()
+        self.pool = make_pool(dilation) if downsample else nn.Identity()
         count = config.blocks_per_stage[stage]
         out_channels = config.stage_out_channels[stage]
         attended = range(count) if config.attention_in == "every_block" else (count - 1,)
@@ -133,7 +173,8 @@ class OsaStage(nn.Module):
                     config.stage_conv_channels[stage],
                     out_channels,
                     layers=config.layers_per_block,
-                    depthwise=config.depthwise,
+                    conv=config.conv_of(stage),
+                    dilation=dilation,
                     attention=config.attention if index in attended else "none",
                     identity=config.identity and index > 0,
                     norm=config.norm,
@@ -153,43 +194,12 @@ class OsaStage(nn.Module):
         return x
 
 
-class ClassifierHead(nn.Module):
-    """Global average pool, dropout, one linear layer (none for num_classes 0)."""
-
-    def __init__(
-        self, in_channels: int, num_classes: int, *, drop_rate: float, pool: Literal["avg", ""]
-    ) -> None:
-        super().__init__()
-        self.pool = pool
-        self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(in_channels, num_classes) if num_classes else nn.Identity()
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, C, H, W) to logits (B, num_classes), or to the pooled embedding (B, C)."""
-        if self.pool:
-            x = x.mean((2, 3))
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
-
-
-class FeatureInfo(list[dict[str, Any]]):
-    """Channels, stride and module of each feature map, finest first."""
-
-    def channels(self, indices: Sequence[int] | None = None) -> list[int]:
-        """Channel counts of the maps at indices (all when None)."""
-        return [self[index]["num_chs"] for index in self._pick(indices)]
-
-    def reduction(self, indices: Sequence[int] | None = None) -> list[int]:
-        """Strides in input pixels of the maps at indices (all when None)."""
-        return [self[index]["reduction"] for index in self._pick(indices)]
-
-    def _pick(self, indices: Sequence[int] | None) -> Sequence[int]:
-        return range(len(self)) if indices is None else indices
-
-
 class VoVNet(nn.Module):
     """The network of VoVNetConfig: stem, four OSA stages, classifier. Input (B, in_chans, H, W)
-    float.
+    float, H and W at least 32.
+
+    An output_stride of 8 or 16 instead of 32 keeps the later stages at that resolution. Raises
+    ConfigError on any other.
     """
 
     def __init__(
@@ -201,8 +211,11 @@ class VoVNet(nn.Module):
         global_pool: Literal["avg", ""] = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ConfigError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
         self.config = config
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -210,51 +223,56 @@ class VoVNet(nn.Module):
         self.pretrained_cfg: dict[str, Any] = {}
         self.num_features = self.head_hidden_size = config.stage_out_channels[-1]
         self.stem = self._make_stem(config, in_chans)
-        self.stages = self._make_stages(config, drop_path_rate)
+        self.stages = self._make_stages(config, drop_path_rate, output_stride)
         self.head = ClassifierHead(
             self.num_features, num_classes, drop_rate=drop_rate, pool=global_pool
         )
-        self.feature_info = self._describe_features(config)
-        self.apply(_init_weights)
+        self.feature_info = self._describe_features(config, output_stride)
+        self.apply(init_weights)
 
     @staticmethod
     def _make_stem(config: VoVNetConfig, in_chans: int) -> nn.Sequential:
         first, second, third = config.stem_channels
-        depthwise, norm = config.depthwise, config.norm
+        conv: ConvKind = "depthwise" if config.depthwise else "plain"
+        norm = config.norm
         last_stride = 2 if config.stem == "code" else 1
         return nn.Sequential(
             ConvNormAct(in_chans, first, kernel=3, stride=2, norm=norm),
-            make_conv3x3(first, second, stride=1, depthwise=depthwise, norm=norm),
-            make_conv3x3(second, third, stride=last_stride, depthwise=depthwise, norm=norm),
+            make_conv3x3(conv, first, second, stride=1, norm=norm),
+            make_conv3x3(conv, second, third, stride=last_stride, norm=norm),
         )
 
     @staticmethod
-    def _make_stages(config: VoVNetConfig, drop_path_rate: float) -> nn.Sequential:
+    def _make_stages(
+        config: VoVNetConfig, drop_path_rate: float, output_stride: int
+    ) -> nn.Sequential:
         total = sum(config.blocks_per_stage)
         rates = [drop_path_rate * block / max(total - 1, 1) for block in range(total)]
         in_channels = (config.stem_channels[-1], *config.stage_out_channels[:-1])
         stages, start = [], 0
         for stage, count in enumerate(config.blocks_per_stage):
-            stages.append(OsaStage(config, stage, in_channels[stage], rates[start : start + count]))
+            drop_paths = rates[start : start + count]
+            stages.append(OsaStage(config, stage, in_channels[stage], drop_paths, output_stride))
             start += count
         return nn.Sequential(*stages)
 
     @staticmethod
-    def _describe_features(config: VoVNetConfig) -> FeatureInfo:
+    def _describe_features(config: VoVNetConfig, output_stride: int) -> FeatureInfo:
         stem_layer = 1 if config.stem == "code" else 2  # the last layer of stride 2
-        info = FeatureInfo()
-        info.append(
+        stem = {
+            "num_chs": config.stem_channels[stem_layer],
+            "reduction": 2,
+            "module": f"stem.{stem_layer}",
+        }
+        stages = (
             {
-                "num_chs": config.stem_channels[stem_layer],
-                "reduction": 2,
-                "module": f"stem.{stem_layer}",
+                "num_chs": channels,
+                "reduction": min(4 * 2**stage, output_stride),
+                "module": f"stages.{stage}",
             }
-        )
-        info.extend(
-            {"num_chs": channels, "reduction": 4 * 2**stage, "module": f"stages.{stage}"}
             for stage, channels in enumerate(config.stage_out_channels)
         )
-        return info
+        return FeatureInfo([stem, *stages])
 
     def forward_intermediates(
         self,
@@ -289,7 +307,7 @@ class VoVNet(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to the last map (B, C, ceil(H / 32), ceil(W / 32))."""
+        """(B, in_chans, H, W) to the last map (B, C, about H / 32, about W / 32)."""
         return self.stages(self.stem(x))  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -313,7 +331,14 @@ class VoVNet(nn.Module):
         self.head = ClassifierHead(
             self.num_features, num_classes, drop_rate=self.drop_rate, pool=pool
         ).to(reference)
-        self.head.apply(_init_weights)
+        self.head.apply(init_weights)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns that sort parameter names into layers, for learning rates that decay with
+        depth.
+        """
+        stage = r"^stages\.(\d+)"
+        return {"stem": r"^stem", "blocks": stage if coarse else rf"{stage}\.blocks\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades time for memory in training: blocks are computed again in the backward pass."""
@@ -331,8 +356,15 @@ class VoVNetFeatures(VoVNet):
         out_indices: Sequence[int] | None = None,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
+        output_stride: int = 32,
     ) -> None:
-        super().__init__(config, num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)
+        super().__init__(
+            config,
+            num_classes=0,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            output_stride=output_stride,
+        )
         self.out_indices = resolve_indices(out_indices, 1 + len(self.stages))
         self.feature_info = FeatureInfo(self.feature_info[index] for index in self.out_indices)
 
@@ -340,27 +372,6 @@ class VoVNetFeatures(VoVNet):
         return self.forward_intermediates(  # type: ignore[no-any-return]
             x, self.out_indices, stop_early=True, intermediates_only=True
         )
-
-
-def resolve_indices(indices: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """Feature indices from timm's three ways of saying them; raises ValueError when out of
-    range.
-    """
-    if indices is None:
-        return tuple(range(count))
-    if isinstance(indices, int):
-        indices = range(count - indices, count)
-    resolved = tuple(index + count if index < 0 else index for index in indices)
-    if not resolved or not all(0 <= index < count for index in resolved):
-        raise ValueError(f"feature indices: expected some of 0..{count - 1}, got {tuple(indices)}")
-    return resolved
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 _SLIM = (64, 80, 96, 112)
@@ -392,6 +403,9 @@ _V19 = VoVNetConfig(layers_per_block=3, blocks_per_stage=(1, 1, 1, 1), attention
 _V39 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 1, 2, 2), attention="ese")
 _V57 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 1, 4, 3), attention="ese")
 _V99 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 3, 9, 3), attention="ese")
+_V39_D2 = replace(_V39, attention_in="every_block")
+_V57_D2 = replace(_V57, attention_in="every_block")
+_V99_D2 = replace(_V99, attention_in="every_block")
 _V27_SLIM_V1 = VoVNetConfig(
     stage_conv_channels=_SLIM,
     stage_out_channels=(128, 256, 384, 512),
@@ -400,7 +414,8 @@ _V27_SLIM_V1 = VoVNetConfig(
 )
 
 # Naming: `b` and `a` as in timm (eSE in the last block of a stage; V1 without identity), `_d2` =
-# eSE in every block, plain `vovnetN` = the released V1 code with identity, `_paper` = the V1 paper.
+# eSE in every block, `_dcn` = deformable as in CenterMask2, plain `vovnetN` = the released V1 code
+# with identity, `_paper` = the V1 paper.
 VARIANTS: dict[str, VoVNetConfig] = {
     "vovnet39a": replace(_V39, attention="none", identity=False),
     "vovnet57a": replace(_V57, attention="none", identity=False),
@@ -423,7 +438,10 @@ VARIANTS: dict[str, VoVNetConfig] = {
     "ese_vovnet19_dw_d2": replace(_V19_DW, attention_in="every_block"),
     "ese_vovnet19_slim_d2": replace(_V19_SLIM, attention_in="every_block"),
     "ese_vovnet19_d2": replace(_V19, attention_in="every_block"),
-    "ese_vovnet39_d2": replace(_V39, attention_in="every_block"),
-    "ese_vovnet57_d2": replace(_V57, attention_in="every_block"),
-    "ese_vovnet99_d2": replace(_V99, attention_in="every_block"),
+    "ese_vovnet39_d2": _V39_D2,
+    "ese_vovnet57_d2": _V57_D2,
+    "ese_vovnet99_d2": _V99_D2,
+    "ese_vovnet39_dcn_d2": replace(_V39_D2, deformable_stages=(3, 4, 5)),
+    "ese_vovnet57_dcn_d2": replace(_V57_D2, deformable_stages=(3, 4, 5)),
+    "ese_vovnet99_dcn_d2": replace(_V99_D2, deformable_stages=(3, 4, 5)),
 }

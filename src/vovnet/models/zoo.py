@@ -1,11 +1,11 @@
 """Every model by its name: VoVNet classifiers and backbones, and detectors built on them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from math import inf
 from pathlib import Path
+from sys import float_info
 from typing import Any, Literal
 
 from torch import nn
@@ -13,27 +13,35 @@ from torch import nn
 from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, MaskIoUHead
 from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
-from vovnet.models.fpn import FPN
-from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
-from vovnet.models.weights import (
-    PUBLISHED,
-    fetch_published,
-    load_backbone,
-    load_tensors,
-    read_weights,
+from vovnet.models.fpn import FPN, PooledFPN
+from vovnet.models.rcnn import (
+    BoxHead,
+    FasterRCNN,
+    FCNMaskHead,
+    MaskRCNN,
+    MaskRCNNConfig,
+    RCNNConfig,
 )
+from vovnet.models.rpn import RPNHead
+from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
+from vovnet.models.weights import load_checkpoint, load_published, pretrained_cfg
 
 Task = Literal["classify", "detect", "segment"]
+DetectorConfig = FCOSConfig | RCNNConfig
 
-DETECTORS: dict[str, FCOSConfig] = {
+DETECTORS: dict[str, DetectorConfig] = {
     "fcos": FCOSConfig(),
     "fcos_lite": FCOSConfig(neck_channels=128, tower_convs=2),
     "centermask": CenterMaskConfig(),
     "centermask_lite": CenterMaskConfig(
         neck_channels=128, tower_convs=2, mask_convs=2, mask_channels=128
     ),
+    "faster_rcnn": RCNNConfig(),
+    "faster_rcnn_lite": RCNNConfig(neck_channels=128),
+    "mask_rcnn": MaskRCNNConfig(),
+    "mask_rcnn_lite": MaskRCNNConfig(neck_channels=128),
 }
-_STAGES_3_TO_5 = (2, 3, 4)
+_LARGEST = float_info.max
 _MAX_COUNT = 100_000  # of classes, detections, channels: above it only memory runs out
 
 
@@ -52,7 +60,7 @@ def task_of(name: str) -> Task:
     kind, _ = split_name(name)
     if kind is None:
         return "classify"
-    return "segment" if isinstance(DETECTORS[kind], CenterMaskConfig) else "detect"
+    return _FAMILIES[type(DETECTORS[kind])].task
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -80,6 +88,7 @@ def create_model(
     checkpoint_path: str | Path | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    output_stride: int = 32,
     overrides: Mapping[str, object] | None = None,
 ) -> nn.Module:
     """A model by name, with random weights unless pretrained or checkpoint_path says otherwise.
@@ -91,9 +100,11 @@ def create_model(
         in_chans: channels of the input images.
         features_only: a backbone that returns the list of feature maps at out_indices.
         out_indices: of the five maps with strides 2, 4, 8, 16, 32 (all when None).
-        checkpoint_path: .safetensors or .pth whose keys are this model's.
+        checkpoint_path: .safetensors, .pth or a model folder, of any layout that `vovnet convert`
+            knows.
         drop_rate: of the classifier's input.
         drop_path_rate: of the last block's residual branch (stochastic depth).
+        output_stride: of the last map, 8 or 16 instead of 32 by dilation; 32 in a detector.
         overrides: settings of the network's config by name, a detector's (thresholds, widths) or
         the backbone's (norm and the rest of VoVNetConfig).
 
@@ -105,10 +116,12 @@ def create_model(
     if kind is not None:
         if features_only or out_indices is not None:
             raise ConfigError(f"features_only: expected a backbone, got the detector {name}")
+        if output_stride != 32:
+            raise ConfigError(f"output_stride: expected 32 in a detector, got {output_stride!r}")
         model = _build_detector(
             DETECTORS[kind], settings, backbone_config, num_classes, in_chans, drop_path_rate
         )
-        loaded_backbone: nn.Module = model.backbone  # type: ignore[assignment]
+        loaded_backbone: VoVNet = model.backbone  # type: ignore[assignment]
     else:
         _refuse_unknown(settings, fields(VoVNetConfig))
         if features_only:
@@ -117,6 +130,7 @@ def create_model(
                 out_indices=out_indices,
                 in_chans=in_chans,
                 drop_path_rate=drop_path_rate,
+                output_stride=output_stride,
             )
         else:
             model = VoVNet(
@@ -125,23 +139,15 @@ def create_model(
                 in_chans=in_chans,
                 drop_rate=drop_rate,
                 drop_path_rate=drop_path_rate,
+                output_stride=output_stride,
             )
         loaded_backbone = model
+    loaded_backbone.pretrained_cfg = pretrained_cfg(backbone_name)
     if pretrained:
-        _load_published(loaded_backbone, backbone_name)
+        load_published(loaded_backbone, backbone_name)
     if checkpoint_path is not None:
-        path = Path(checkpoint_path)
-        load_tensors(model, read_weights(path), where=str(path))
+        load_checkpoint(model, Path(checkpoint_path), name=name)
     return model
-
-
-def _load_published(backbone: nn.Module, name: str) -> None:
-    tensors = fetch_published(name)
-    where = PUBLISHED[name].hub_repository
-    if isinstance(backbone, VoVNet) and backbone.num_classes == 1000:
-        load_tensors(backbone, tensors, where=where)
-    else:
-        load_backbone(backbone, tensors, where=where)
 
 
 def _apply_overrides(
@@ -163,13 +169,14 @@ def _refuse_unknown(settings: Mapping[str, object], known: Sequence[Any]) -> Non
             raise ConfigError(f"model settings: expected one of {near}, got {key!r}")
 
 
-def _check_numbers(config: FCOSConfig) -> None:
+def _check_numbers(config: DetectorConfig) -> None:
     """Raises ConfigError on a count that is none, or a number that is not finite or below 0."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(field.default, float):
-            right = isinstance(value, int | float) and 0 <= value < inf
-            expected = "a number of at least 0"
+            limit = 1 if field.name.endswith("_fraction") else _LARGEST
+            right = isinstance(value, int | float) and 0 <= value <= limit
+            expected = "a number of at least 0" if limit > 1 else "a number in 0..1"
         elif isinstance(field.default, int) or field.default is None:
             optional = field.default is None and value is None
             right = optional or (type(value) is int and 1 <= value <= _MAX_COUNT)
@@ -181,7 +188,7 @@ def _check_numbers(config: FCOSConfig) -> None:
 
 
 def _build_detector(
-    config: FCOSConfig,
+    config: DetectorConfig,
     settings: dict[str, Any],
     backbone_config: VoVNetConfig,
     num_classes: int | None,
@@ -193,17 +200,23 @@ def _build_detector(
         settings = settings | {"num_classes": num_classes}
     config = replace(config, **settings)
     _check_numbers(config)
+    family = _FAMILIES[type(config)]
     backbone = VoVNetFeatures(
         backbone_config,
-        out_indices=_STAGES_3_TO_5,
+        out_indices=family.out_indices,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
     )
+    return family.build(backbone, config)
+
+
+def _build_fcos(backbone: VoVNetFeatures, config: FCOSConfig) -> FCOS:
     neck = FPN(backbone.feature_info.channels(), out_channels=config.neck_channels)
     head = FCOSHead(config.neck_channels, config.num_classes, tower_convs=config.tower_convs)
-    fcos = FCOS(backbone, neck, head, config)
-    if not isinstance(config, CenterMaskConfig):
-        return fcos
+    return FCOS(backbone, neck, head, config)
+
+
+def _build_centermask(backbone: VoVNetFeatures, config: CenterMaskConfig) -> CenterMask:
     mask_head = MaskHead(
         config.neck_channels, config.mask_channels, config.num_classes, convs=config.mask_convs
     )
@@ -214,4 +227,33 @@ def _build_detector(
         convs=config.mask_convs,
         width=config.mask_iou_width,
     )
-    return CenterMask(fcos, mask_head, mask_iou_head, config)
+    return CenterMask(_build_fcos(backbone, config), mask_head, mask_iou_head, config)
+
+
+def _build_faster_rcnn(backbone: VoVNetFeatures, config: RCNNConfig) -> FasterRCNN:
+    neck = PooledFPN(
+        backbone.feature_info.channels(), out_channels=config.neck_channels, norm=config.head_norm
+    )
+    rpn = RPNHead(config.neck_channels, ratios=len(config.anchor_ratios))
+    return FasterRCNN(backbone, neck, rpn, BoxHead(config), config)
+
+
+def _build_mask_rcnn(backbone: VoVNetFeatures, config: MaskRCNNConfig) -> MaskRCNN:
+    return MaskRCNN(_build_faster_rcnn(backbone, config), FCNMaskHead(config), config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    task: Task
+    out_indices: tuple[int, ...]  # of the backbone's maps
+    build: Callable[[VoVNetFeatures, Any], nn.Module]
+
+
+_STAGES_3_TO_5 = (2, 3, 4)
+_STAGES_2_TO_5 = (1, 2, 3, 4)
+_FAMILIES: dict[type[DetectorConfig], _Family] = {
+    FCOSConfig: _Family("detect", _STAGES_3_TO_5, _build_fcos),
+    CenterMaskConfig: _Family("segment", _STAGES_3_TO_5, _build_centermask),
+    RCNNConfig: _Family("detect", _STAGES_2_TO_5, _build_faster_rcnn),
+    MaskRCNNConfig: _Family("segment", _STAGES_2_TO_5, _build_mask_rcnn),
+}

@@ -11,20 +11,20 @@ from vovnet.data.coco import find_split
 from vovnet.data.labels import DetectionData, has_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import IouType
+from vovnet.model_folder import CONFIG_FILE, load_config, resolve_model
 from vovnet.model_folder import load_tensors as load_arrays
-from vovnet.model_folder import resolve_model
 from vovnet.models.weights import (
     PUBLISHED,
     fetch_published,
     load_backbone,
     load_tensors,
-    read_weights,
+    read_backbone,
 )
 from vovnet.models.zoo import create_model, split_name, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.training.config import TrainConfig
 
-_CLASS_LAYERS = ("head.logits", "mask_head.predictor", "mask_iou_head.iou")
+_CLASS_LAYERS = ("head.logits", "box_head.deltas", "mask_head.predictor", "mask_iou_head.iou")
 
 
 def load_splits(
@@ -52,13 +52,16 @@ def load_splits(
 
 
 def build_preprocess(config: TrainConfig) -> Preprocess:
-    """The evaluation's preprocess; mean and std of published backbone weights unless stated."""
+    """The evaluation's preprocess; mean and std of the backbone's weights unless stated."""
     values: dict[str, object] = Preprocess().to_dict()
     _, backbone = split_name(config.model)
     if config.backbone_weights == "hub" and backbone in PUBLISHED:
         published = PUBLISHED[backbone]
         values["mean"] = [round(255 * value, 3) for value in published.mean]
         values["std"] = [round(255 * value, 3) for value in published.std]
+    elif config.backbone_weights and (Path(config.backbone_weights) / CONFIG_FILE).is_file():
+        of_folder = load_config(Path(config.backbone_weights)).preprocess
+        values |= {name: of_folder[name] for name in ("mean", "std") if name in of_folder}
     return Preprocess.from_dict(values | config.preprocess)
 
 
@@ -78,7 +81,7 @@ def build_detector(config: TrainConfig, num_classes: int) -> nn.Module:
         if config.backbone_weights == "hub":
             tensors = fetch_published(backbone)
         else:
-            tensors = read_weights(Path(config.backbone_weights))
+            tensors = read_backbone(Path(config.backbone_weights), name=backbone)
         module: nn.Module = detector.get_submodule("backbone")
         load_backbone(module, tensors, where=f"backbone_weights {config.backbone_weights}")
     if config.init is not None:
