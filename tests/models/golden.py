@@ -1,19 +1,32 @@
-"""Weights and key maps for the outputs of the authors' own networks in tests/golden."""
+"""The authors' own networks in tests/golden: their weights, their images, and our copy of them."""
 
 import json
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vovnet.models.convert import Conversion
+from vovnet.models.layers import Normalize
+from vovnet.models.weights import load_tensors
+from vovnet.models.zoo import create_model
 
 FOLDER = Path(__file__).parent.parent / "golden"
 
 
 def read(name: str):
     return json.loads((FOLDER / name).read_text())
+
+
+BACKBONES = read("backbones.json")
+CENTERMASK = read("det_centermask_lite_V_19_slim_eSE.json")
+FASTER_RCNN = read("det_faster_rcnn_V_19_slim_FPNLite.json")
+CASES = [*BACKBONES, CENTERMASK, FASTER_RCNN]
 
 
 def golden_value(key: str, shape: list[int]) -> Tensor:
@@ -38,93 +51,47 @@ def golden_value(key: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.asarray(value))
 
 
-def backbone_key(key: str) -> str:
-    """VoVNet.pytorch's and detectron2's key to ours."""
-    key = re.sub(r"^stem\.stem_(\d)", lambda m: f"stem.{int(m[1]) - 1}", key)
-    key = re.sub(
-        r"^stage(\d)\.OSA\d_(\d+)\.",
-        lambda m: f"stages.{int(m[1]) - 2}.blocks.{int(m[2]) - 1}.",
-        key,
-    )
-    key = re.sub(r"\.layers\.(\d+)\.OSA\d_\d+_\d+", r".conv_mid.\1", key)
-    key = re.sub(r"\.conv_reduction\.OSA\w+_reduction_0", ".conv_reduction", key)
-    key = re.sub(r"\.concat\.OSA\w+_concat", ".conv_concat", key)
-    key = key.replace(".ese.", ".attn.").replace("classifier.", "head.fc.")
-    names = {
-        "/dw_conv3x3": ".conv_dw",
-        "/pw_conv1x1": ".conv_pw",
-        "/pw_norm": ".bn",
-        "/conv": ".conv",
-        "/norm": ".bn",
-    }
-    for original, ours in names.items():
-        key = key.replace(original, ours)
-    return key
+def original(case: dict) -> dict[str, Tensor]:
+    """The state dict that the authors' code had."""
+    return dict(_draw(case["name"]))
 
 
-CENTERMASK_RULES = {
-    r"^backbone\.fpn_lateral(\d)\.": lambda m: f"fcos.neck.lateral.{int(m[1]) - 3}.",
-    r"^backbone\.fpn_output(\d)\.": lambda m: f"fcos.neck.output.{int(m[1]) - 3}.",
-    r"^backbone\.top_block\.": "fcos.neck.",
-    r"^proposal_generator\.fcos_head\.": "fcos.head.",
-    r"\.cls_logits\.": ".logits.",
-    r"\.bbox_tower\.": ".box_tower.",
-    r"\.bbox_pred\.": ".distances.",
-    r"\.ctrness\.": ".centerness.",
-    r"^roi_heads\.mask_head\.": "mask_head.",
-    r"^roi_heads\.maskiou_head\.": "mask_iou_head.",
-    r"\.mask_fcn(\d)\.": lambda m: f".convs.{int(m[1]) - 1}.",
-    r"\.maskiou_fcn(\d)\.": lambda m: f".convs.{int(m[1]) - 1}.",
-    r"\.spatialAtt\.": ".attention.",
-    r"\.maskiou_fc(\d)\.": r".fc\1.",
-    r"\.maskiou\.": ".iou.",
-}
+@cache
+def _draw(name: str) -> dict[str, Tensor]:
+    keys = next(case["keys"] for case in CASES if case["name"] == name)
+    return {key: golden_value(key, shape) for key, shape in keys.items()}
 
 
-RCNN_RULES = {
-    r"^backbone\.fpn_(lateral|output)(\d)\.": lambda m: f"neck.{m[1]}.{int(m[2]) - 2}.",
-    r"^proposal_generator\.rpn_head\.": "rpn.",
-    r"\.objectness_logits\.": ".objectness.",
-    r"\.anchor_deltas\.": ".deltas.",
-    r"^roi_heads\.box_head\.fc(\d)\.": lambda m: f"box_head.fcs.{int(m[1]) - 1}.",
-    r"^roi_heads\.box_predictor\.cls_score\.": "box_head.logits.",
-    r"^roi_heads\.box_predictor\.bbox_pred\.": "box_head.deltas.",
-}
+def rebuild(conversion: Conversion, *, norm: str = "bn") -> nn.Module:
+    """The converted model in double precision."""
+    arguments = dict(conversion.model_args)
+    arguments["overrides"] = arguments["overrides"] | {"norm": norm}
+    model = create_model(conversion.architecture, **arguments).double().eval()
+    load_tensors(model, conversion.tensors, where="test")
+    return model
 
 
-def rcnn_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The keys of Faster R-CNN in detectron2 to our state dict."""
-    weights = {}
-    for key, shape in keys.items():
-        if key in ("pixel_mean", "pixel_std"):
-            continue
-        if key.startswith("backbone.bottom_up."):
-            ours = "backbone." + backbone_key(key.removeprefix("backbone.bottom_up."))
-        else:
-            ours = _rename(key, RCNN_RULES)
-        weights[ours] = golden_value(key, shape)
-    return weights
+def golden_input(case: dict, conversion: Conversion) -> tuple[Tensor, Tensor]:
+    """The images as the network gets them, and their sizes."""
+    pixels, sizes = golden_pixels(case)
+    return Normalize(conversion.mean, conversion.std).double()(pixels, sizes), sizes
 
 
-def centermask_weights(keys: dict[str, list[int]]) -> dict[str, Tensor]:
-    """CenterMask2's keys to our state dict; the five scales become one parameter."""
-    weights, scales = {}, []
-    for key, shape in keys.items():
-        if key in ("pixel_mean", "pixel_std"):
-            continue
-        value = golden_value(key, shape)
-        if key.endswith(".scale"):
-            scales.append(value)
-            continue
-        if key.startswith("backbone.bottom_up."):
-            ours = "fcos.backbone." + backbone_key(key.removeprefix("backbone.bottom_up."))
-        else:
-            ours = _rename(key, CENTERMASK_RULES)
-        weights[ours] = value
-    return weights | {"fcos.head.scales": torch.cat(scales)}
+def golden_pixels(case: dict) -> tuple[Tensor, Tensor]:
+    """The images as we take them: uint8 RGB (B, H, W, 3), zero-padded, and their sizes."""
+    batch = np.zeros([len(case["images"]), *case["padded_batch"][2:], 3], np.uint8)
+    for canvas, image in zip(batch, case["images"], strict=True):
+        bgr = np.random.RandomState(image["seed"]).randint(0, 256, image["shape"])
+        canvas[: bgr.shape[1], : bgr.shape[2]] = bgr[::-1].transpose(1, 2, 0)
+    sizes = [image["shape"][1:] for image in case["images"]]
+    return torch.from_numpy(batch), torch.tensor(sizes)
 
 
-def _rename(key: str, rules: dict) -> str:
-    for pattern, replacement in rules.items():
-        key = re.sub(pattern, replacement, key)
-    return key
+def assert_summary(actual: Tensor, expected: dict, *, relative: float) -> None:
+    assert list(actual.shape) == expected["shape"]
+    flat = actual.detach().double().flatten()
+    scale = max(abs(v) for v in expected["value"]) or 1.0
+    assert flat.mean().item() == pytest.approx(expected["mean"], rel=relative, abs=relative)
+    assert flat.abs().sum().item() == pytest.approx(expected["abs_sum"], rel=relative)
+    values = flat[expected["index"]].numpy()
+    np.testing.assert_allclose(values, expected["value"], rtol=relative, atol=relative * scale)

@@ -1,28 +1,33 @@
 """Checkpoints of other projects become our models and compute what they did (tests/golden)."""
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests.models.golden import golden_value, read
+from tests.models.golden import (
+    BACKBONES,
+    CENTERMASK,
+    FASTER_RCNN,
+    assert_summary,
+    golden_pixels,
+    original,
+    rebuild,
+)
 from vovnet.errors import DataError
-from vovnet.models.convert import Conversion, check_fit, convert
+from vovnet.models.convert import check_fit, convert
 from vovnet.models.deploy import DeployGraph
 from vovnet.models.layers import Normalize
 from vovnet.models.layouts import recognise
 from vovnet.models.vovnet import VARIANTS
-from vovnet.models.weights import load_tensors, read_weights
+from vovnet.models.weights import read_weights
 from vovnet.models.zoo import create_model
 
-BACKBONES = {case["name"]: case for case in read("backbones.json")}
-CENTERMASK = read("det_centermask_lite_V_19_slim_eSE.json")
-FASTER_RCNN = read("det_faster_rcnn_V_19_slim_FPNLite.json")
+KEYS = {case["name"]: case["keys"] for case in BACKBONES}
 OUR_NAME = {
     "vovnet27_slim": "vovnet27_slim",
     "vovnet39": "vovnet39",
@@ -30,37 +35,6 @@ OUR_NAME = {
     "V-19-slim-eSE": "ese_vovnet19_slim_d2",
     "V-39-eSE": "ese_vovnet39_d2",
 }
-
-
-def original(case: dict) -> dict[str, Tensor]:
-    """The state dict that the authors' code had."""
-    if case in (CENTERMASK, FASTER_RCNN):  # many tests use them, and drawing them takes long
-        return dict(detector_state(case["name"]))
-    return {key: golden_value(key, shape) for key, shape in case["keys"].items()}
-
-
-@cache
-def detector_state(name: str) -> dict[str, Tensor]:
-    keys = {case["name"]: case["keys"] for case in (CENTERMASK, FASTER_RCNN)}[name]
-    return {key: golden_value(key, shape) for key, shape in keys.items()}
-
-
-def rebuild(conversion: Conversion, *, norm: str = "bn") -> nn.Module:
-    """The converted model in double precision."""
-    arguments = dict(conversion.model_args)
-    arguments["overrides"] = arguments["overrides"] | {"norm": norm}
-    model = create_model(conversion.architecture, **arguments).double().eval()
-    load_tensors(model, conversion.tensors, where="test")
-    return model
-
-
-def assert_summary(actual: Tensor, expected: dict, *, relative: float) -> None:
-    assert list(actual.shape) == expected["shape"]
-    flat = actual.detach().double().flatten()
-    scale = max(abs(v) for v in expected["value"]) or 1.0
-    assert flat.abs().sum().item() == pytest.approx(expected["abs_sum"], rel=relative)
-    values = flat[expected["index"]].numpy()
-    np.testing.assert_allclose(values, expected["value"], rtol=relative, atol=relative * scale)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +46,7 @@ def assert_summary(actual: Tensor, expected: dict, *, relative: float) -> None:
     ],
 )
 def test_backbones_compute_what_they_did(tmp_path: Path, name: str, norm: str) -> None:
-    case = BACKBONES[name]
+    case = next(case for case in BACKBONES if case["name"] == name)
     torch.save({"model": original(case), "iteration": 7}, tmp_path / "model.pth")
     conversion = convert(read_weights(tmp_path / "model.pth"))
     assert conversion.architecture == OUR_NAME[name]
@@ -88,16 +62,6 @@ def test_backbones_compute_what_they_did(tmp_path: Path, name: str, norm: str) -
             named |= {"stem": model.stem(images), "logits": model.forward_head(last)}
         for key, expected in output["features"].items():
             assert_summary(named[key], expected, relative=1e-9)
-
-
-def golden_pixels(case: dict) -> tuple[Tensor, Tensor]:
-    """The images as we take them: uint8 RGB (B, H, W, 3), zero-padded, and their sizes."""
-    batch = np.zeros([len(case["images"]), *case["padded_batch"][2:], 3], np.uint8)
-    for canvas, image in zip(batch, case["images"], strict=True):
-        bgr = np.random.RandomState(image["seed"]).randint(0, 256, image["shape"])
-        canvas[: bgr.shape[1], : bgr.shape[2]] = bgr[::-1].transpose(1, 2, 0)
-    sizes = [image["shape"][1:] for image in case["images"]]
-    return torch.from_numpy(batch), torch.tensor(sizes)
 
 
 def test_normalised_pixels_are_equal_in_the_other_order() -> None:
@@ -191,7 +155,7 @@ def meta_state(name: str, **arguments: Any) -> dict[str, Tensor]:
 
 
 def test_the_inverse_names_are_the_golden_ones() -> None:
-    for case in BACKBONES.values():
+    for case in BACKBONES:
         names = released_names(list(meta_state(OUR_NAME[case["name"]])))
         assert set(case["keys"]) <= set(names.values())
 
@@ -343,7 +307,7 @@ def test_the_report_names_every_kind_of_problem() -> None:
     ],
 )
 def test_what_is_not_known_is_refused(change, message: str) -> None:
-    tensors = {key: torch.zeros(shape) for key, shape in BACKBONES["V-19-slim-eSE"]["keys"].items()}
+    tensors = {key: torch.zeros(shape) for key, shape in KEYS["V-19-slim-eSE"].items()}
     change(tensors)
     with pytest.raises(DataError, match=message):
         convert(tensors)
@@ -352,4 +316,4 @@ def test_what_is_not_known_is_refused(change, message: str) -> None:
 def test_recognition_needs_names_alone() -> None:
     assert recognise(CENTERMASK["keys"]).name == "centermask2 CenterMask"
     assert recognise(FASTER_RCNN["keys"]).licence.startswith("CC-BY-NC-4.0")
-    assert recognise(BACKBONES["vovnet39"]["keys"]).licence.startswith("none stated")
+    assert recognise(KEYS["vovnet39"]).licence.startswith("none stated")

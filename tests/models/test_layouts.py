@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.golden import read
+from tests.models.golden import BACKBONES
 from tests.models.restatement import PUBLISHED, Published, Weights, run
 from vovnet.errors import ConfigError
 from vovnet.models.convert import convert, rename
@@ -20,7 +20,7 @@ from vovnet.models.layers import (
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig
 from vovnet.models.zoo import create_model
 
-GOLDEN = {case["name"]: case for case in read("backbones.json")}
+GOLDEN = {case["name"]: case for case in BACKBONES}
 GOLDEN_NAMES = {
     "vovnet27_slim": "vovnet27_slim",
     "vovnet39": "vovnet39",

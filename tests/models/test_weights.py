@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from tests.models.golden import golden_value, read
+from tests.models.golden import BACKBONES, golden_value
 from vovnet.errors import ConfigError
 from vovnet.models import weights
 from vovnet.models.vovnet import VoVNet
@@ -30,7 +30,7 @@ from vovnet.models.weights import (
 from vovnet.models.zoo import create_model
 
 SMALL = "ese_vovnet19b_slim_dw"
-KEYS = {case["name"]: case["keys"] for case in read("backbones.json")}
+KEYS = {case["name"]: case["keys"] for case in BACKBONES}
 
 
 @pytest.fixture(scope="module")

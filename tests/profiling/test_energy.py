@@ -31,7 +31,7 @@ class FakeMeter:
 
 def test_constant_energy_is_found_exactly_and_devices_are_summed() -> None:
     meter = FakeMeter(6.0, 2.0)
-    result = measure_energy(meter.run, min_window_s=0.01, windows=3, meter=meter)
+    result = measure_energy(meter.run, min_window_s=0.001, windows=3, meter=meter)
     assert result.unavailable is None
     assert result.energy_per_image_j == pytest.approx(2.0)
     assert result.energy_per_image_min_j == pytest.approx(2.0)
@@ -41,7 +41,7 @@ def test_constant_energy_is_found_exactly_and_devices_are_summed() -> None:
     assert result.not_metered == ("CPU: permission denied",)
     assert result.windows == 3
     assert result.shortest_window_s is not None
-    assert result.shortest_window_s >= 0.01
+    assert result.shortest_window_s >= 0.001
 
 
 def test_median_spread_power_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +144,8 @@ def fake_gpu(*, millijoules: int = 5000, supported: bool = True) -> SimpleNamesp
 
 def fake_cpu(name: str, *, dram_mj: float | None = 500.0) -> SimpleNamespace:
     reading = SimpleNamespace(cpu_mj=2000.0, dram_mj=dram_mj)
-    return SimpleNamespace(
-        rapl_file=SimpleNamespace(name=name), get_total_energy_consumption=lambda: reading
-    )
+    zone = SimpleNamespace(name=name, max_energy_range_uj=10e6)
+    return SimpleNamespace(rapl_file=zone, get_total_energy_consumption=lambda: reading)
 
 
 def refuse(error: Exception) -> Callable[[], object]:
@@ -157,13 +156,17 @@ def refuse(error: Exception) -> Callable[[], object]:
 
 
 def install_zeus(
-    monkeypatch: pytest.MonkeyPatch, get_gpus: Callable[[], object], get_cpus: Callable[[], object]
+    monkeypatch: pytest.MonkeyPatch,
+    get_gpus: Callable[[], object],
+    get_cpus: Callable[[], object],
+    get_soc: Callable[[], object] | None = None,
 ) -> None:
     for name, attributes in {
         "zeus": {},
         "zeus.device": {},
         "zeus.device.gpu": {"get_gpus": get_gpus},
         "zeus.device.cpu": {"get_cpus": get_cpus},
+        "zeus.device.soc": {"get_soc": get_soc or refuse(FakeZeusError("no board"))},
         "zeus.exception": {"ZeusBaseError": FakeZeusError},
     }.items():
         module = ModuleType(name)
@@ -178,8 +181,9 @@ def test_all_devices_of_zeus_are_read_in_joules(monkeypatch: pytest.MonkeyPatch)
         lambda: SimpleNamespace(cpus=[fake_cpu("package-0"), fake_cpu("package-1", dram_mj=None)]),
     )
     meter = find_meter()
-    assert list(meter.devices) == ["GPU 0 H200", "GPU 1 H200", "CPU 0 RAPL", "CPU 1 RAPL"]
-    assert meter.read_j() == [5.0, 7.0, 2.5, 2.0]
+    names = ["GPU 0 H200", "GPU 1 H200", "CPU 0 RAPL", "CPU 0 RAPL memory", "CPU 1 RAPL"]
+    assert list(meter.devices) == names
+    assert meter.read_j() == [5.0, 7.0, 2.0, 0.5, 2.0]
     assert list(meter.not_metered) == []
 
 
@@ -189,7 +193,7 @@ def test_the_platform_zone_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch)
         lambda: SimpleNamespace(gpus=[]),
         lambda: SimpleNamespace(cpus=[fake_cpu("package-0"), fake_cpu("psys")]),
     )
-    assert find_meter().read_j() == [2.5]
+    assert find_meter().read_j() == [2.0, 0.5]
 
 
 def test_a_kind_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,3 +258,74 @@ def test_this_machine_gives_a_figure_or_a_reason() -> None:
 
     result = measure_energy(run, min_window_s=0.2, windows=1)
     assert (result.energy_per_image_j is None) == (result.unavailable is not None)
+
+
+def test_active_energy_is_less_idle_power_times_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idling draws 3 W for 2 s; then windows of 4 s use 40 J for 10 images."""
+    now_s = 0.0
+    meter = FakeMeter(40.0, images_per_run=10)
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+        meter.counters_j[0] += 3.0 * seconds
+
+    def run() -> int:
+        nonlocal now_s
+        now_s += 4.0
+        return meter.run()
+
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: now_s)
+    monkeypatch.setattr(energy.time, "sleep", sleep)
+    result = measure_energy(run, min_window_s=4.0, windows=2, idle_s=2.0, meter=meter)
+    assert result.energy_per_image_j == pytest.approx(4.0)
+    assert result.idle_power_w == pytest.approx(3.0)
+    assert result.active_energy_per_image_j == pytest.approx((40 - 3 * 4) / 10)
+    assert "2.8 J/image above the 3.0 W of idling" in result.format()
+
+
+def test_without_idle_time_there_is_no_active_energy() -> None:
+    meter = FakeMeter(8.0)
+    result = measure_energy(meter.run, min_window_s=0, windows=1, meter=meter)
+    assert (result.idle_power_w, result.active_energy_per_image_j) == (None, None)
+
+
+@pytest.mark.parametrize("late_s", [0, 1])
+def test_a_counter_that_wraps_around_is_unrolled(
+    monkeypatch: pytest.MonkeyPatch, late_s: int
+) -> None:
+    """zeus adds the range of 10 J when it notices the wrap-around: at once, or a second late."""
+    readings_j = [8.0, 9.0, 11.0, 12.0] if late_s == 0 else [8.0, 9.0, 1.0, 12.0]
+    left = iter(readings_j)
+    cpu = fake_cpu("package-0", dram_mj=None)
+    cpu.get_total_energy_consumption = lambda: SimpleNamespace(
+        cpu_mj=1000 * next(left, readings_j[-1]), dram_mj=None
+    )
+    install_zeus(monkeypatch, refuse(FakeZeusError("none")), lambda: SimpleNamespace(cpus=[cpu]))
+    meter = find_meter()  # takes one reading to see which zones there are
+    assert [meter.read_j() for _ in range(3)] == [[9.0], [11.0], [12.0]]
+
+
+def test_a_counter_that_leaps_is_unavailable() -> None:
+    meter = FakeMeter(1e6)
+    reason = "device 0: the counter leapt by 1000000 J"
+    assert_unavailable(measure_energy(meter.run, min_window_s=0, windows=1, meter=meter), reason)
+
+
+@pytest.mark.parametrize(
+    ("figures_mj", "expected_j"),
+    [
+        ({"cpu_energy_mj": 1000.0, "gpu_energy_mj": 1000.0, "total_energy_mj": 5000.0}, 5.0),
+        ({"cpu_total_mj": 1000, "gpu_mj": 2000, "dram_mj": 500, "efficiency_cores_mj": [9]}, 3.5),
+    ],
+)
+def test_a_board_is_summed_without_counting_twice(
+    monkeypatch: pytest.MonkeyPatch, figures_mj: dict[str, object], expected_j: float
+) -> None:
+    board = SimpleNamespace(
+        get_available_metrics=lambda: set(figures_mj),
+        get_total_energy_consumption=lambda: SimpleNamespace(**figures_mj),
+    )
+    nothing = refuse(FakeZeusError("none"))
+    install_zeus(monkeypatch, nothing, nothing, lambda: board)
+    assert find_meter().read_j() == [expected_j]

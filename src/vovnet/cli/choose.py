@@ -1,0 +1,195 @@
+"""`vovnet choose`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from vovnet.errors import ConfigError
+from vovnet.model_folder import bundled_models
+from vovnet.models.zoo import list_models
+from vovnet.profiling.accuracy import measure_accuracy
+from vovnet.profiling.choose import Candidate, Choice, rank
+from vovnet.profiling.compare import Sampling
+from vovnet.profiling.placing import image_counts
+from vovnet.profiling.profile import Settings, profile_targets, sweep
+from vovnet.profiling.records import Counts, Profile
+from vovnet.profiling.report import figure, footing, milliseconds, plain_console
+from vovnet.profiling.stages import WHOLE
+from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
+
+TASKS = ("classify", "detect", "segment")
+DEFAULT_ARCHITECTURES = {
+    "classify": ("ese_vovnet19b_slim_dw", "ese_vovnet19b_dw", "ese_vovnet39b", "ese_vovnet57b"),
+    "detect": ("fcos_lite_ese_vovnet19b_slim_dw", "fcos_lite_ese_vovnet39b", "fcos_ese_vovnet39b"),
+    "segment": (
+        "centermask_lite_ese_vovnet19b_slim_dw",
+        "centermask_lite_ese_vovnet39b",
+        "centermask_ese_vovnet39b",
+    ),
+}
+
+
+def choose(
+    folders: Sequence[str],
+    task: str,
+    max_ms: float | None,
+    max_joules: float | None,
+    data_dir: Path | None,
+    split: str,
+    architectures: str | None,
+    engine: str,
+    device: str,
+    precision: str,
+    threads: int | None,
+    image: Path | None,
+    image_size: str | None,
+    rounds: int,
+    max_seconds: float,
+    as_json: bool,
+) -> int:
+    """Prints what fits, best first, and why the rest does not; 4 when a limit leaves nothing."""
+    if task not in TASKS:
+        raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    for name, limit in (("max-ms", max_ms), ("max-joules", max_joules)):
+        if limit is not None and not 0 < limit < float("inf"):
+            raise ConfigError(f"{name}: expected a number above 0, got {limit}")
+    settings = Settings(
+        engine=engine,
+        device=device,
+        image_sizes=() if image_size is None else (parse_image_size(image_size),),
+        threads=(threads,),
+        precisions=(precision,),
+        sampling=Sampling(min_rounds=rounds, max_s=max_seconds),
+        energy=max_joules is not None,
+        cold_starts=0,
+        roofline=False,
+        image=image,
+    )
+    counted = _count_architectures(task, architectures, settings)
+    profiles: list[Profile] = []
+    candidates = []
+    for target in _targets(folders, task):
+        print(f"vovnet: measuring {target.name}", file=sys.stderr)
+        candidates.append(_measure(target, task, data_dir, split, settings, profiles))
+    choices = rank(candidates, max_ms=max_ms, max_joules=max_joules)
+    if as_json:
+        print(json.dumps(_to_dict(choices, counted, profiles)))
+    else:
+        _print(choices, counted, profiles, task)
+    limited = max_ms is not None or max_joules is not None
+    return 4 if limited and not any(not choice.reasons for choice in choices) else 0
+
+
+def _targets(folders: Sequence[str], task: str) -> list[Target]:
+    """The folders that were named, and the bundled models of the task that were not."""
+    given = [find_target(text) for text in folders]
+    for target in given:
+        if target.kind != "folder":
+            raise ConfigError(f"expected model folders or bundled models, got {target.name}")
+    known = {target.path.resolve() for target in given if target.path}
+    bundled = [find_target(str(path)) for _, path in sorted(bundled_models().items())]
+    added = [
+        target
+        for target in bundled
+        if target.task == task and target.path is not None and target.path.resolve() not in known
+    ]
+    return distinct([*given, *added])
+
+
+def _measure(
+    target: Target,
+    task: str,
+    data_dir: Path | None,
+    split: str,
+    settings: Settings,
+    profiles: list[Profile],
+) -> Candidate:
+    if target.task != task:
+        error = f"its task is {target.task}"
+        return Candidate(name=target.name, accuracy=None, time=None, error=error)
+    try:
+        profile = profile_targets([target], settings)
+        accuracy = profile.models[0].accuracy
+        if data_dir is not None and task != "classify" and target.path is not None:
+            accuracy = measure_accuracy(
+                target.path, data_dir, split=split, engine=settings.engine, device=settings.device
+            )
+    except ConfigError as error:
+        return Candidate(name=target.name, accuracy=None, time=None, error=str(error))
+    profiles.append(profile)
+    model = profile.models[0]
+    result = model.main
+    network = None if result is None else result.timings
+    return Candidate(
+        name=target.name,
+        accuracy=accuracy,
+        time=model.stages.get(WHOLE, network),
+        energy=None if result is None else result.energy,
+    )
+
+
+def _count_architectures(task: str, pattern: str | None, settings: Settings) -> dict[str, Counts]:
+    names: Sequence[str] = DEFAULT_ARCHITECTURES[task]
+    if pattern is not None:
+        names = [name for name in list_models(task=task) if fnmatch(name, pattern)]  # type: ignore[arg-type]
+        if not names:
+            raise ConfigError(f"architectures: expected a pattern for {task}, got {pattern!r}")
+    targets = [Target(name, "architecture", task) for name in names]
+    return {target.name: image_counts(target, sweep([target], settings)[0]) for target in targets}
+
+
+def _to_dict(
+    choices: Sequence[Choice], counted: dict[str, Counts], profiles: Sequence[Profile]
+) -> dict[str, Any]:
+    return {
+        "fits": [_choice_dict(choice) for choice in choices if not choice.reasons],
+        "fell_out": [_choice_dict(choice) for choice in choices if choice.reasons],
+        "architectures": [
+            {"name": name, **asdict(counts), "flops": counts.flops}
+            for name, counts in counted.items()
+        ],
+        "machine": dict(profiles[0].machine) if profiles else None,
+        "method": list(profiles[0].method) if profiles else None,
+    }
+
+
+def _choice_dict(choice: Choice) -> dict[str, Any]:
+    return {**asdict(choice.candidate), "reasons": list(choice.reasons)}
+
+
+def _print(
+    choices: Sequence[Choice], counted: dict[str, Counts], profiles: Sequence[Profile], task: str
+) -> None:
+    console = plain_console()
+    style = box.SIMPLE_HEAD if console.is_terminal else None
+    table = Table(box=style, pad_edge=False)
+    for name in ("model", "accuracy", "one image, file to results", "J/image", "fits"):
+        table.add_column(name)
+    for choice in choices:
+        one = choice.candidate
+        table.add_row(
+            one.name,
+            one.accuracy.format() if one.accuracy else "-",
+            "-" if one.time is None else f"{milliseconds(one.time.median_ms)} ms",
+            figure(None if one.energy is None else one.energy.energy_per_image_j),
+            "; ".join(choice.reasons) or "yes",
+        )
+    console.print(table)
+    if len({c.candidate.accuracy.data for c in choices if c.candidate.accuracy}) > 1:
+        console.print("accuracies of different data do not compare: give --data", markup=False)
+    costs = Table(box=style, pad_edge=False)
+    for name in (f"{task} architectures without weights", "GMACs", "params M", "memory access M"):
+        costs.add_column(name)
+    for name, counts in counted.items():
+        figures = (counts.macs / 1e9, counts.parameters / 1e6, counts.memory_access / 1e6)
+        costs.add_row(name, *(figure(value, 4) for value in figures))
+    console.print(costs)
+    for line in footing(profiles[0]) if profiles else []:
+        console.print(line, highlight=False, markup=False, style="dim")

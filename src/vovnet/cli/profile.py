@@ -1,0 +1,159 @@
+"""`vovnet profile`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vovnet.errors import ConfigError
+from vovnet.files import atomic_write_text
+from vovnet.model_folder import CONFIG_FILE, bundled_models
+from vovnet.profiling.accuracy import cost_block, measure_accuracy, update_card
+from vovnet.profiling.compare import Sampling
+from vovnet.profiling.gate import (
+    Rise,
+    check_against_file,
+    check_interleaved,
+    parse_increase,
+    read_baseline,
+    same_machine,
+)
+from vovnet.profiling.html import to_html
+from vovnet.profiling.plots import profile_plots
+from vovnet.profiling.profile import Settings, profile_targets
+from vovnet.profiling.records import Accuracy, Profile
+from vovnet.profiling.report import plain_console, print_profile, to_csv
+from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
+
+BASELINE_SUFFIX = " (baseline)"
+
+
+def profile(
+    models: Sequence[str],
+    engine: str,
+    device: str,
+    batch_sizes: Sequence[int],
+    image_sizes: Sequence[str],
+    threads: Sequence[int],
+    precisions: Sequence[str],
+    layouts: Sequence[str],
+    image: Path | None,
+    rounds: int,
+    max_seconds: float,
+    energy: bool,
+    end_to_end: bool,
+    cold_starts: int,
+    roofline: bool,
+    new_ceilings: bool,
+    layers: int,
+    data_dir: Path | None,
+    split: str,
+    csv_file: Path | None,
+    html_file: Path | None,
+    card: bool,
+    baseline: str | None,
+    max_increase: str,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """Profiles and reports; 4 when a figure rose over the baseline by more than is allowed."""
+    settings = Settings(
+        engine=engine,
+        device=device,
+        batch_sizes=tuple(batch_sizes) or (1,),
+        image_sizes=tuple(map(parse_image_size, image_sizes)),
+        threads=tuple(threads) or (None,),
+        precisions=tuple(precisions) or ("fp32",),
+        layouts=tuple(layouts) or ("nhwc",),
+        sampling=Sampling(min_rounds=rounds, max_s=max_seconds, seed=seed),
+        energy=energy,
+        end_to_end=end_to_end,
+        cold_starts=cold_starts,
+        roofline=roofline,
+        new_ceilings=new_ceilings,
+        image=image,
+    )
+    allowed = parse_increase(max_increase)
+    targets = distinct([find_target(text) for text in models])
+    if card:
+        _require_folders(targets)
+    stored, reference = None, None
+    if baseline is not None and _is_folder(baseline):
+        found = find_target(baseline)
+        reference = replace(found, name=found.name + BASELINE_SUFFIX)
+    elif baseline is not None:
+        stored = read_baseline(Path(baseline))
+    for file in (csv_file, html_file):
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file}: expected an existing folder to write into, found none")
+    accuracies = _accuracies(targets, data_dir, split, settings)
+    measured = profile_targets(
+        [*([reference] if reference else []), *targets],
+        settings,
+        accuracies=accuracies,
+        progress=lambda text: print(f"vovnet: {text}", file=sys.stderr),
+    )
+    _report(measured, csv_file, html_file, layers, as_json)
+    if card:
+        for target in targets:
+            model = next(one for one in measured.models if one.name == target.name)
+            if target.path is not None:
+                update_card(target.path, cost_block(measured, model))
+    rises: list[Rise] = []
+    if reference is not None:
+        rises = _against_folder(measured, allowed)
+    elif stored is not None and baseline is not None:
+        rises = check_against_file(measured, stored, allowed, where=baseline)
+        if not same_machine(measured, stored):
+            print("vovnet: baseline of another machine: times not compared", file=sys.stderr)
+    for rise in rises:
+        print(f"vovnet: {rise.format()}", file=sys.stderr)
+    return 4 if rises else 0
+
+
+def _is_folder(text: str) -> bool:
+    return (Path(text) / CONFIG_FILE).is_file() or text in bundled_models()
+
+
+def _require_folders(targets: Sequence[Target]) -> None:
+    for target in targets:
+        if target.kind != "folder":
+            raise ConfigError(f"update-card: expected a model folder, got {target.name}")
+
+
+def _accuracies(
+    targets: Sequence[Target], data_dir: Path | None, split: str, settings: Settings
+) -> dict[str, Accuracy]:
+    if data_dir is None:
+        return {}
+    return {
+        target.name: measure_accuracy(
+            target.path, data_dir, split=split, engine=settings.engine, device=settings.device
+        )
+        for target in targets
+        if target.kind == "folder" and target.task != "classify" and target.path is not None
+    }
+
+
+def _report(
+    measured: Profile, csv_file: Path | None, html_file: Path | None, layers: int, as_json: bool
+) -> None:
+    if as_json:
+        print(json.dumps(measured.to_dict(), allow_nan=False))
+    else:
+        print_profile(measured, plain_console(), layers=layers)
+    if csv_file is not None:
+        atomic_write_text(csv_file, to_csv(measured))
+    if html_file is not None:
+        atomic_write_text(html_file, to_html(measured, profile_plots(measured)))
+
+
+def _against_folder(measured: Profile, allowed: float) -> list[Rise]:
+    baseline, *models = measured.models
+    ratios = {ratio.name: ratio for ratio in measured.ratios}
+    return [
+        rise
+        for model in models
+        for rise in check_interleaved(model, baseline, ratios.get(model.name), allowed)
+    ]

@@ -1,0 +1,186 @@
+"""The figures of a profile as SVG: accuracy against cost, roofline, time and memory of layers."""
+
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vovnet.errors import ConfigError
+from vovnet.profiling.records import ModelProfile, Placement, Profile
+
+_MAX_BARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A drawing, or the reason why there is none, under its title."""
+
+    title: str
+    svg: str = ""
+    reason: str = ""
+    basis: str = ""
+    """What was measured how often: belongs beside the drawing."""
+
+
+def profile_plots(profile: Profile) -> list[Plot]:
+    """Accuracy against milliseconds and joules, then roofline and layers of each model.
+
+    Raises ConfigError when matplotlib is missing.
+    """
+    plots = [
+        _accuracy_plot(profile, "ms", "milliseconds for an image", _image_ms),
+        _accuracy_plot(profile, "J", "joules for an image", _image_j),
+    ]
+    for model in profile.models:
+        if not model.layers:
+            plots.append(Plot(f"{model.name}: layers", reason="the layers were not measured"))
+            continue
+        plots.append(_roofline_plot(profile, model))
+        plots.append(_bars(model, "time of each layer", "ms", lambda layer: layer.time_ms))
+        plots.append(
+            _bars(
+                model,
+                "memory access of each layer",
+                "MB",
+                lambda layer: layer.memory_bytes / 1e6,
+            )
+        )
+    return plots
+
+
+def _image_ms(model: ModelProfile) -> tuple[float, float, float] | None:
+    """Median, and the ends of its interval."""
+    result = model.main
+    if result is None or result.timings is None:
+        return None
+    times, batch = result.timings, result.point.batch_size
+    return times.median_ms / batch, times.median_low_ms / batch, times.median_high_ms / batch
+
+
+def _image_j(model: ModelProfile) -> tuple[float, float, float] | None:
+    energy = model.main.energy if model.main else None
+    if energy is None or energy.energy_per_image_j is None:
+        return None
+    low, high = energy.energy_per_image_min_j, energy.energy_per_image_max_j
+    return energy.energy_per_image_j, low or 0.0, high or 0.0
+
+
+def _accuracy_plot(
+    profile: Profile,
+    unit: str,
+    label: str,
+    cost_of: Callable[[ModelProfile], tuple[float, float, float] | None],
+) -> Plot:
+    title = f"Accuracy against {label}"
+    shown = [
+        (model, cost)
+        for model in profile.models
+        if model.accuracy is not None and (cost := cost_of(model)) is not None
+    ]
+    if not shown:
+        return Plot(title, reason="no model has both a recorded accuracy and this figure")
+    figure = _figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    for model, (cost, low, high) in shown:
+        assert model.accuracy is not None
+        axes.errorbar(cost, model.accuracy.value, xerr=[[cost - low], [high - cost]], fmt="o")
+        axes.annotate(
+            f"{model.name}\n{model.accuracy.data}",
+            (cost, model.accuracy.value),
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
+        )
+    axes.set_xlabel(f"{label} ({unit}), 95 % interval" if unit == "ms" else f"{label} ({unit})")
+    axes.set_ylabel(" / ".join(sorted({m.accuracy.metric for m, _ in shown if m.accuracy})))
+    axes.set_xlim(left=0, right=1.35 * max(high for _, (_, _, high) in shown))
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    counts = "; ".join(f"{model.name}: {_basis(model)}" for model, _ in shown)
+    return Plot(title, _svg(figure, title), basis=counts)
+
+
+def _basis(model: ModelProfile) -> str:
+    """Point of the main result, and the number of times or energy windows behind it."""
+    result = model.main
+    if result is None or result.timings is None:
+        return "not measured"
+    windows = result.energy.windows if result.energy is not None else 0
+    energy = f", {windows} energy windows" if windows else ""
+    return f"{result.point.format()}, n = {result.timings.count}{energy}"
+
+
+def _layer_basis(model: ModelProfile) -> str:
+    return f"{_basis(model)}; layers: median of {model.layer_rounds} passes"
+
+
+def _roofline_plot(profile: Profile, model: ModelProfile) -> Plot:
+    title = f"{model.name}: layers under the roofline of this device"
+    precision = model.results[0].point.precision
+    peak = profile.ceilings["flops_per_s"][precision]
+    bandwidth = profile.ceilings["bytes_per_s"]
+    points = [*model.layers, *([model.whole] if model.whole else [])]
+    intensities = [layer.intensity for layer in points]
+    span = np.geomspace(min(intensities) / 2, max([*intensities, peak / bandwidth]) * 2, 100)
+    figure = _figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    axes.loglog(span, np.minimum(peak, span * bandwidth) / 1e9, color="black", linewidth=1)
+    kinds = sorted({layer.kind for layer in model.layers})
+    for kind in kinds:
+        layers = [layer for layer in model.layers if layer.kind == kind]
+        axes.scatter(
+            [layer.intensity for layer in layers],
+            [layer.achieved_flops_per_s / 1e9 for layer in layers],
+            s=[8 + 60 * layer.time_ms / max(x.time_ms for x in model.layers) for layer in layers],
+            alpha=0.6,
+            label=kind,
+        )
+    if model.whole is not None:
+        whole = model.whole
+        axes.plot(whole.intensity, whole.achieved_flops_per_s / 1e9, "k*", ms=12, label="network")
+    axes.set_xlabel("flops per byte of memory access")
+    axes.set_ylabel(f"GFLOP/s ({precision})")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    return Plot(title, _svg(figure, title), basis=_layer_basis(model))
+
+
+def _bars(
+    model: ModelProfile, name: str, unit: str, value_of: Callable[[Placement], float]
+) -> Plot:
+    """Layers in the order of execution; of more than 40 the largest 40."""
+    title = f"{model.name}: {name}"
+    largest = sorted(model.layers, key=value_of, reverse=True)[:_MAX_BARS]
+    layers = [layer for layer in model.layers if layer in largest]
+    if len(layers) < len(model.layers):
+        title += f" (the largest {len(layers)} of {len(model.layers)})"
+    figure = _figure(7.2, 1.2 + 0.16 * len(layers))
+    axes = figure.add_subplot()
+    colours = ["tab:blue" if layer.bound == "compute" else "tab:orange" for layer in layers]
+    axes.barh(range(len(layers)), [value_of(layer) for layer in layers], color=colours)
+    axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{unit} (blue: bound by compute, orange: by memory)")
+    return Plot(title, _svg(figure, title), basis=_layer_basis(model))
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        module = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ConfigError(f"plots need matplotlib, install the extra `profile`: {error}") from None
+    return module.Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any, salt: str) -> str:
+    """The drawing without prologue, metadata and date; ids differ between the plots of a page."""
+    matplotlib = importlib.import_module("matplotlib")
+    stream = io.StringIO()
+    nothing: dict[str, Sequence[str] | None] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(stream, format="svg", metadata=nothing)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

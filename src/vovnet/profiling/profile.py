@@ -1,0 +1,400 @@
+"""The profiler: counts, times, energy and roofline of several models in one interleaved run."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vovnet.errors import ConfigError
+from vovnet.model_folder import load_config
+from vovnet.predict import Predictor
+from vovnet.profiling.compare import Comparison, Ratio, Sampling, interleave
+from vovnet.profiling.energy import EnergyResult, Meter, MeterError, find_meter, measure_energy
+from vovnet.profiling.latency import Timings
+from vovnet.profiling.machine import describe_machine
+from vovnet.profiling.placing import image_counts, place_network
+from vovnet.profiling.records import (
+    Accuracy,
+    Counts,
+    ModelProfile,
+    Placement,
+    Point,
+    PointResult,
+    Profile,
+)
+from vovnet.profiling.roofline import DTYPES, Ceilings, find_ceilings
+from vovnet.profiling.stages import image_file, time_cold_start, time_stages
+from vovnet.profiling.target import (
+    DEFAULT_SIDES,
+    Network,
+    Target,
+    open_network,
+    picture,
+    recorded_accuracy,
+)
+from vovnet.runtime.torch import choose_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to measure; the sweep is every combination of the five tuples, its first one the main
+    point. Empty image_sizes: 224 for classifiers, 512 where a detector is among the targets.
+    """
+
+    engine: str = "auto"
+    device: str = "auto"
+    batch_sizes: tuple[int, ...] = (1,)
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    threads: tuple[int | None, ...] = (None,)
+    precisions: tuple[str, ...] = ("fp32",)
+    layouts: tuple[str, ...] = ("nhwc",)
+    sampling: Sampling = field(default_factory=Sampling)
+    energy: bool = True
+    energy_windows: int = 3
+    energy_window_s: float = 3.0
+    idle_s: float = 3.0
+    end_to_end: bool = True
+    cold_starts: int = 3
+    roofline: bool = True
+    layer_rounds: int = 10
+    new_ceilings: bool = False
+    """Measure the device's ceilings again instead of taking those kept from an earlier run."""
+    image: Path | None = None
+    """Picture that the networks see; random pixels when None."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "threads"):
+            values = [value for value in getattr(self, name) if value is not None]
+            if not getattr(self, name) or any(value < 1 for value in values):
+                raise ConfigError(f"{name}: expected whole numbers of at least 1, got {values}")
+
+
+def profile_module(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    name: str = "module",
+    settings: Settings | None = None,
+) -> Profile:
+    """Profile any module on its own inputs, of which the first holds the batch.
+
+    The module is copied and stays as it is. Sweeps run over threads, precision and layout.
+    Raises ConfigError where it cannot run.
+    """
+    return profile_targets([module_target(name, module, inputs)], settings)
+
+
+def module_target(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Target:
+    """A target of a copy of the module in evaluation mode; raises ConfigError without inputs."""
+    if not inputs or inputs[0].ndim < 1 or not len(inputs[0]):
+        raise ConfigError(f"{name}: expected inputs whose first tensor holds a batch of at least 1")
+    return Target(name, "module", "", None, copy.deepcopy(module).eval(), inputs)
+
+
+def profile_targets(
+    targets: Sequence[Target],
+    settings: Settings | None = None,
+    *,
+    accuracies: Mapping[str, Accuracy] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Profile:
+    """Profile several targets together; ratios are to the first.
+
+    A point that one target cannot run (out of memory, a precision the device lacks) is reported
+    with its reason, and the sweep goes on. `accuracies` go over those that folders record.
+    Raises ConfigError when no target runs at any point, OSError when the device was lost.
+    """
+    settings = settings or Settings()
+    if len({target.name for target in targets}) < len(targets) or not targets:
+        raise ConfigError(
+            f"expected different models, got {', '.join(target.name for target in targets)}"
+        )
+    threads_before = torch.get_num_threads()
+    try:
+        return _profile(targets, settings, accuracies or {}, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _profile(
+    targets: Sequence[Target],
+    settings: Settings,
+    accuracies: Mapping[str, Accuracy],
+    progress: Callable[[str], None],
+) -> Profile:
+    device = choose_device(settings.device)
+    meter = _open_meter(settings.energy)
+    results: dict[str, list[PointResult]] = {target.name: [] for target in targets}
+    ratios: tuple[Ratio, ...] = ()
+    networks: dict[str, Network] = {}
+    points = sweep(targets, settings)
+    for number, point in enumerate(points):
+        progress(f"point {number + 1} of {len(points)}: {point.format()}")
+        measured = measure_point(targets, point, settings, meter=meter)
+        for name, result in measured.results.items():
+            results[name].append(result)
+        if number == 0:
+            ratios, networks = measured.comparison.ratios, measured.networks
+    _require_one_result(results)
+    if points[0].threads is not None:  # the sweep has left it at its last point's
+        torch.set_num_threads(points[0].threads)
+    ceilings = _ceilings(device, points[0], settings, progress)
+    models = []
+    for target in targets:
+        progress(f"{target.name}: stages and layers")
+        models.append(
+            _model_profile(
+                target, tuple(results[target.name]), networks.get(target.name), settings, ceilings
+            )
+        )
+    return Profile(
+        machine=describe_machine(device),
+        method=method_lines(settings),
+        models=tuple(replace(m, accuracy=accuracies.get(m.name, m.accuracy)) for m in models),
+        ratios=ratios,
+        ceilings={} if ceilings is None else ceilings.to_dict(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """Results at one point by target, and the networks that ran."""
+
+    results: Mapping[str, PointResult]
+    comparison: Comparison
+    networks: dict[str, Network]
+
+
+def measure_point(
+    targets: Sequence[Target],
+    point: Point,
+    settings: Settings,
+    *,
+    meter: Meter | EnergyResult | None = None,
+) -> MeasuredPoint:
+    """Time the targets interleaved at one point; `meter` adds joules, or the reason for none."""
+    networks: dict[str, Network] = {}
+    errors: dict[str, str] = {}
+    for target in targets:
+        try:
+            networks[target.name] = open_network(
+                target,
+                _own_point(target, point),
+                engine=settings.engine,
+                device=settings.device,
+                image=settings.image,
+            )
+        except (ConfigError, RuntimeError, MemoryError) as error:
+            errors[target.name] = explain(error, target.name)
+    empty = Comparison({}, {}, ())
+    runs = {name: network.run for name, network in networks.items()}
+    failing = (RuntimeError, MemoryError, ValueError, TypeError)
+    comparison = interleave(runs, settings.sampling, tolerate=failing) if runs else empty
+    errors |= {name: explain(error, name) for name, error in comparison.failures.items()}
+    results = {
+        target.name: _point_result(
+            target, point, networks.get(target.name), comparison, errors, settings, meter
+        )
+        for target in targets
+    }
+    return MeasuredPoint(results, comparison, networks)
+
+
+def sweep(targets: Sequence[Target], settings: Settings) -> list[Point]:
+    """Every combination of batch size, image size, threads, precision and layout, in that order."""
+    side = max((DEFAULT_SIDES.get(target.task, 224) for target in targets), default=224)
+    sizes = settings.image_sizes or ((side, side),)
+    combinations = product(
+        settings.batch_sizes, sizes, settings.threads, settings.precisions, settings.layouts
+    )
+    return [
+        Point(batch, height, width, threads, precision, layout)
+        for batch, (height, width), threads, precision, layout in combinations
+    ]
+
+
+def explain(error: Exception, where: str) -> str:
+    """One line on why something did not run; raises OSError when the device itself was lost."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return "out of memory"
+    if isinstance(error, ConfigError):
+        return text
+    if "CUDA error" in text or "device-side" in text:
+        raise OSError(f"{where}: the device was lost while running: {text}") from error
+    return f"cannot run: {text}"
+
+
+def method_lines(settings: Settings) -> tuple[str, ...]:
+    """How the figures came about, in sentences that stand beside them."""
+    sampling = settings.sampling
+    return (
+        f"Times: warmed up until stable; rounds in random order over all models, at least "
+        f"{sampling.min_rounds}, then until each interval is within "
+        f"{100 * sampling.precision:g} % or {sampling.max_s:g} s are over; the device is waited "
+        "for after each batch. Intervals are 95 %: of a median by rank, of a ratio by bootstrap "
+        "over rounds.",
+        f"Networks see {'random pixels' if settings.image is None else settings.image.name}; "
+        "BatchNorm is folded in model folders and architectures, not in other modules; bf16 and "
+        "fp16 are torch's autocast.",
+        "Energy: all metered devices over whole windows, idle power included; active energy is "
+        "less idle power x time. Without a meter there is no figure.",
+        "Counts: macs of convolutions and linear layers, flops = 2 x macs; memory access is input "
+        "+ output + weights of each layer, in elements.",
+    )
+
+
+def _own_point(target: Target, point: Point) -> Point:
+    """The point with the sizes of a target that brings its own inputs."""
+    if not target.inputs:
+        return point
+    shape = target.inputs[0].shape
+    height, width = shape[-2:] if len(shape) == 4 else (1, 1)
+    return replace(point, batch_size=shape[0], height=height, width=width)
+
+
+def _point_result(
+    target: Target,
+    point: Point,
+    network: Network | None,
+    comparison: Comparison,
+    errors: Mapping[str, str],
+    settings: Settings,
+    meter: Meter | EnergyResult | None,
+) -> PointResult:
+    name, point = target.name, _own_point(target, point)
+    counts: Counts | None = None
+    error = errors.get(name)
+    try:
+        counts = image_counts(target, point)
+    except (ConfigError, ImportError, RuntimeError) as failure:
+        uncounted = f"not counted: {explain(failure, name)}"
+        error = f"{uncounted}; {error}" if error else uncounted
+    if network is None or name not in comparison.times_s:
+        return PointResult(
+            point=point, engine="", device=settings.device, counts=counts, error=error
+        )
+    return PointResult(
+        point=replace(point, precision=network.precision),
+        engine=network.engine,
+        device=network.device,
+        counts=counts,
+        timings=comparison.timings(name),
+        warmed_up=comparison.warm_ups[name].stable,
+        energy=_energy(network, settings, meter),
+        error=error,
+    )
+
+
+def _energy(
+    network: Network, settings: Settings, meter: Meter | EnergyResult | None
+) -> EnergyResult | None:
+    if meter is None or isinstance(meter, EnergyResult):
+        return meter
+    return measure_energy(
+        network.run,
+        min_window_s=settings.energy_window_s,
+        windows=settings.energy_windows,
+        idle_s=settings.idle_s,
+        meter=meter,
+    )
+
+
+def _open_meter(wanted: bool) -> Meter | EnergyResult | None:
+    if not wanted:
+        return None
+    try:
+        return find_meter()
+    except MeterError as error:
+        return EnergyResult(unavailable=str(error))
+
+
+def _require_one_result(results: Mapping[str, Sequence[PointResult]]) -> None:
+    """Counts alone are a result of an ONNX file; of a network that should run they are not."""
+    for name, measured in results.items():
+        counted_alone = "install onnxruntime" in (measured[0].error or "")
+        missing = all(result.timings is None for result in measured)
+        if missing and not (counted_alone and measured[0].counts is not None):
+            raise ConfigError(f"{name}: {measured[0].error}")
+
+
+def _ceilings(
+    device: torch.device, point: Point, settings: Settings, progress: Callable[[str], None]
+) -> Ceilings | None:
+    if not settings.roofline:
+        return None
+    progress("ceilings of this device (kept for the next time)")
+    precisions = [point.precision] if point.precision in DTYPES else ["fp32"]
+    return find_ceilings(device, precisions, afresh=settings.new_ceilings)
+
+
+def _model_profile(
+    target: Target,
+    results: tuple[PointResult, ...],
+    network: Network | None,
+    settings: Settings,
+    ceilings: Ceilings | None,
+) -> ModelProfile:
+    whole: Placement | None = None
+    layers: tuple[Placement, ...] = ()
+    if ceilings is not None and network is not None:
+        whole, layers = place_network(
+            target, results[0], network, ceilings=ceilings, rounds=settings.layer_rounds
+        )
+    stages, cold_start = _end_to_end(target, results[0], settings)
+    folder = target.path if target.kind == "folder" else None
+    return ModelProfile(
+        name=target.name,
+        kind=target.kind,
+        task=target.task,
+        input="random pixels" if settings.image is None else settings.image.name,
+        accuracy=None if folder is None else recorded_accuracy(load_config(folder)),
+        results=results,
+        stages=stages,
+        cold_start=cold_start,
+        whole=whole,
+        layers=layers,
+        layer_rounds=settings.layer_rounds if layers else 0,
+        notes=_notes(results[0], layers),
+    )
+
+
+def _notes(result: PointResult, layers: Sequence[Placement]) -> tuple[str, ...]:
+    """What a reader must know before believing the figures."""
+    notes = []
+    above = [layer.name for layer in layers if layer.of_ceiling > 1.1]
+    if above:
+        notes.append(
+            f"{len(above)} layers run faster than the measured ceilings allow: these were measured "
+            "on a busier machine, or the layer's data stayed in a cache (--new-ceilings)"
+        )
+    if result.timings is not None and not result.warmed_up:
+        notes.append("the times were still falling when the warm-up ended")
+    if result.counts is not None and result.counts.note:
+        notes.append(f"counts: {result.counts.note}")
+    return tuple(notes)
+
+
+def _end_to_end(
+    target: Target, result: PointResult, settings: Settings
+) -> tuple[dict[str, Timings], Timings | None]:
+    detects = target.kind == "folder" and target.task != "classify"
+    if not settings.end_to_end or not detects or target.path is None or result.timings is None:
+        return {}, None
+    options = {
+        "engine": result.engine,
+        "precision": result.point.precision,
+        "device": result.device,
+        "threads": result.point.threads,
+    }
+    with image_file(settings.image, picture(result.point, None)) as path:
+        predictor = Predictor.load(target.path, **options)  # type: ignore[arg-type]
+        stages = time_stages(predictor, path, rounds=settings.sampling.min_rounds)
+        if settings.cold_starts < 1:
+            return stages, None
+        cold = time_cold_start(target.path, path, runs=settings.cold_starts, **options)  # type: ignore[arg-type]
+    return stages, cold

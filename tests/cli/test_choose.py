@@ -1,0 +1,136 @@
+"""`vovnet choose` as a user runs it; what it measures comes from a made-up profile."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.profiling.made_up import model, profile, result, timings
+from vovnet.cli import choose as command
+from vovnet.cli import main as command_line
+from vovnet.errors import ConfigError
+from vovnet.profiling.records import Accuracy
+from vovnet.profiling.stages import WHOLE
+
+COMMON = ("--architectures", "centermask_lite_ese_vovnet19b_slim_dw", "--image-size", 64)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["vovnet", "choose", *(str(a) for a in arguments)])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nuclei: 40 ms, 0.8 J, mask AP 0.5; the small folder: 10 ms, 0.1 J, no accuracy."""
+
+    def measured(targets, settings):
+        (target,) = targets
+        time_ms, joules, accuracy = (
+            (40.0, 0.8, 0.5) if target.name == "nuclei" else (10.0, 0.1, None)
+        )
+        made = model(
+            target.name,
+            result(time_ms, joules=joules if settings.energy else None),
+            accuracy=accuracy,
+        )
+        return profile(replace(made, stages={WHOLE: timings(time_ms)}))
+
+    monkeypatch.setattr(command, "profile_targets", measured)
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, dict]:
+    code = run(monkeypatch, *arguments, *COMMON, "--json")
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_bundled_models_that_fit_and_architectures_with_counts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = chosen(monkeypatch, capsys, "--max-ms", 50, "--max-joules", 1)
+    assert code == 0
+    assert [one["name"] for one in found["fits"]] == ["nuclei"]
+    (architecture,) = found["architectures"]
+    assert architecture["name"] == "centermask_lite_ese_vovnet19b_slim_dw"
+    assert architecture["flops"] == 2 * architecture["macs"] > 0
+    assert found["machine"]["device_name"] == "Test CPU"
+
+
+def test_what_does_not_fit_says_why_and_nothing_left_is_a_gate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    code, found = chosen(monkeypatch, capsys, model_folder, "--max-ms", 30, "--max-joules", 0.5)
+    assert code == 4
+    reasons = {one["name"]: one["reasons"] for one in found["fell_out"]}
+    assert reasons["small"] == ["no recorded accuracy (give --data to measure it)"]
+    slow, costly = reasons["nuclei"]
+    assert slow.startswith("too slow by 10.0 ms")
+    assert costly == "takes 0.8 J an image, 1.60 x the limit"
+
+
+def test_data_measures_the_accuracy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    def measure(folder: Path, data_dir: Path, **keywords: object) -> Accuracy:
+        value = 0.9 if folder == model_folder else 0.2
+        return Accuracy(value=value, metric="mask AP", data="mine val")
+
+    monkeypatch.setattr(command, "measure_accuracy", measure)
+    code, found = chosen(monkeypatch, capsys, model_folder, "--max-ms", 50, "--data", ".")
+    assert code == 0
+    assert [one["name"] for one in found["fits"]] == ["small", "nuclei"]
+
+
+def test_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    assert run(monkeypatch, model_folder, "--max-ms", 50, *COMMON) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "mask AP 0.500" in next(line for line in lines if line.startswith("nuclei "))
+    assert "no recorded accuracy" in next(line for line in lines if line.startswith("small "))
+    assert any(line.startswith("centermask_lite_ese_vovnet19b_slim_dw") for line in lines)
+
+
+def test_a_folder_of_another_task_or_that_fails_falls_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    architectures = ("--architectures", "fcos_lite_ese_vovnet19b_slim_dw", "--image-size", 64)
+    arguments = (model_folder, "--task", "detect", "--max-ms", 1, *architectures, "--json")
+    assert run(monkeypatch, *arguments) == 4
+    (one,) = json.loads(capsys.readouterr().out)["fell_out"]
+    assert one["reasons"] == ["its task is segment"]
+
+    def fail(*arguments, **keywords):
+        raise ConfigError("small: cannot run: broken")
+
+    monkeypatch.setattr(command, "profile_targets", fail)
+    code, found = chosen(monkeypatch, capsys, model_folder)
+    assert code == 0  # no limit was asked for
+    assert found["fell_out"][0]["reasons"] == ["small: cannot run: broken"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "fly"], "task: expected one of classify, detect, segment"),
+        (["--max-ms", "0"], "max-ms: expected a number above 0"),
+        (["--max-joules", "-1"], "max-joules: expected a number above 0"),
+        (["--architectures", "nothing*"], "architectures: expected a pattern for segment"),
+        (["ese_vovnet39b", *map(str, COMMON)], "expected model folders or bundled models"),
+        (["no-such-folder", *map(str, COMMON)], "expected a model folder"),
+    ],
+)
+def test_wrong_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err

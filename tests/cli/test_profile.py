@@ -1,0 +1,193 @@
+"""`vovnet profile` as a user runs it, on a small model in few rounds."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vovnet.cli import main as command_line
+from vovnet.cli import profile as command
+from vovnet.errors import ConfigError
+from vovnet.model_folder import load_config
+from vovnet.profiling.profile import profile_targets
+from vovnet.profiling.roofline import Workload
+
+QUICK = ("--device", "cpu", "--rounds", 2, "--max-seconds", 0, "--image-size", 64)
+BARE = (*QUICK, "--no-energy", "--no-end-to-end", "--no-roofline")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["vovnet", "profile", *(str(a) for a in arguments)])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small = Workload(matrices=(64,), images=1, copy_bytes=2**20, repeat_s=0.0)
+    monkeypatch.setattr("vovnet.profiling.roofline.CPU_WORKLOAD", small)
+
+
+def test_table_csv_page_and_card(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    outputs = ("--csv", tmp_path / "a.csv", "--html", tmp_path / "a.html", "--update-card")
+    assert run(monkeypatch, folder, *QUICK, "--cold-starts", 0, *outputs) == 0
+    out, err = capsys.readouterr()
+    assert "GMACs" in out
+    assert "model: slowest 10 of" in out
+    assert "all stages" in out
+    assert "point 1 of 1: batch 1, 64 x 64, fp32 nhwc" in err
+    assert (tmp_path / "a.csv").read_text().startswith("model,kind,task")
+    assert (tmp_path / "a.html").read_text().count("<figure>") == 3
+    before, after = load_config(model_folder), load_config(folder)
+    assert after.model_copy(update={"cost": {}}) == before
+    assert after.cost["network_ms"]["count"] == 2
+    assert after.cost["macs"] > 0
+    for key in ("hardware", "method", "date", "versions", "threads"):
+        assert after.cost[key], key
+
+
+def test_json_then_the_gate_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    assert run(monkeypatch, model_folder, *BARE, "--json") == 0
+    text = capsys.readouterr().out
+    content = json.loads(text)
+    path = tmp_path / "base.json"
+    path.write_text(text)
+    generous = ("--max-increase", "10000%")
+    assert run(monkeypatch, model_folder, *BARE, "--baseline", path, *generous) == 0
+    counts = content["models"][0]["results"][0]["counts"]
+    counts["macs"] = int(counts["macs"] / 200)
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert run(monkeypatch, model_folder, *BARE, "--baseline", path, *generous) == 4
+    assert "vovnet: small: macs rose from" in capsys.readouterr().err
+
+
+def test_the_gate_against_a_folder_runs_both_in_the_same_rounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+) -> None:
+    """The measured ratio is set; what surrounds it is real."""
+    low, real = 1.2, []
+
+    def measured(*arguments, **keywords):
+        real.append(real[0] if real else profile_targets(*arguments, **keywords))
+        (found, *_), (ratio,) = real, real[0].ratios
+        assert (ratio.name, ratio.baseline) == ("small", "small (baseline)")
+        return replace(found, ratios=(replace(ratio, ratio=1.3, low=low, high=1.4),))
+
+    monkeypatch.setattr(command, "profile_targets", measured)
+    gate = ("--baseline", model_folder)
+    assert run(monkeypatch, model_folder, *BARE, *gate) == 4
+    assert "small: latency rose from 1 to 1.3 (+30.0 %)" in capsys.readouterr().err
+    low = 0.9
+    assert run(monkeypatch, model_folder, *BARE, *gate) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no-such-model"], 2, "expected a model folder, a bundled model (nuclei)"),
+        (["missing.onnx"], 2, "missing.onnx: expected an ONNX file"),
+        (["nuclei", "nuclei"], 2, "expected different models"),
+        (["nuclei", "--image-size", "big"], 2, "image size: expected SIDE or HEIGHTxWIDTH"),
+        (["nuclei", "--precision", "fp8"], 2, "precision: expected"),
+        (["nuclei", "--layout", "chwn"], 2, "layout: expected nchw or nhwc"),
+        (["nuclei", "--engine", "abacus"], 2, "engine: expected auto"),
+        (["nuclei", "--device", "toaster"], 2, "device: expected cpu"),
+        (["nuclei", "--max-increase", "much"], 2, "max-increase: expected a share"),
+        (["nuclei", "--baseline", "none.json"], 3, "none.json: expected a profile or a model"),
+        (["nuclei", "--html", "none/a.html"], 2, "expected an existing folder to write into"),
+        (["ese_vovnet39b", "--update-card"], 2, "update-card: expected a model folder"),
+        (["nuclei", "--data", "none"], 3, "none"),
+        (["nuclei", "--batch", "0"], 2, "batch"),
+        ([], 2, "models"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "profile_targets", interrupt)
+    assert run(monkeypatch, "nuclei") == 130
+
+
+def test_a_lost_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose(*arguments, **keywords):
+        raise OSError("nuclei: the device was lost while running: CUDA error")
+
+    monkeypatch.setattr(command, "profile_targets", lose)
+    assert run(monkeypatch, "nuclei") == 1
+    assert "vovnet: nuclei: the device was lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [[1, 3, 64, 64], ["N", 3, "H", "W"]])
+def test_an_onnx_file_is_counted_and_says_that_it_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    shape: list[int | str],
+) -> None:
+    """Open sizes are those of --image-size."""
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    path = tmp_path / "conv.onnx"
+    value, make = onnx.TensorProto.FLOAT, onnx.helper.make_tensor_value_info
+    weight = onnx.helper.make_tensor("w", value, [8, 3, 3, 3], [0.0] * 216)
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [make("x", value, shape)],
+        [make("y", value, [shape[0], 8, *shape[2:]])],
+        [weight],
+    )
+    onnx.save(onnx.helper.make_model(graph), path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run(monkeypatch, path, *BARE, "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)["models"][0]["results"]
+    assert result["counts"]["macs"] == 64 * 64 * 216
+    assert result["timings"] is None
+    assert "install onnxruntime" in result["error"]
+    path.write_bytes(b"no model")
+    assert run(monkeypatch, path, *BARE) == 3
+    assert "conv.onnx" in capsys.readouterr().err
+
+
+def test_an_error_of_one_of_many_models_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments, **keywords):
+        raise ConfigError("b: cannot run: wrong shape")
+
+    monkeypatch.setattr(command, "profile_targets", fail)
+    assert run(monkeypatch, "nuclei") == 2
+    assert capsys.readouterr().err.endswith("vovnet: b: cannot run: wrong shape\n")
