@@ -170,6 +170,13 @@ def test_views_and_concatenations(tmp_path: Path) -> None:
     assert report.peak_activation_at == "y"
     assert report.concat_memory_access == 20 + 20
     assert report.parameters == 0
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"]),
+        helper.make_node("Flatten", ["a"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    path = save(tmp_path / "shared.onnx", nodes, shape=(1, 10))
+    assert count_onnx(path).peak_activation_elements == 10 + 10
 
 
 def export(model: nn.Module, path: Path) -> Path:
@@ -211,6 +218,16 @@ def test_only_the_batch_may_stay_open(exported: Path, tmp_path: Path) -> None:
     )
     assert count_onnx(path).input_shapes == ((1, 4, 6, 6),)
     assert count_onnx(path, input_shapes={"x": (3, 4, 6, 6)}).macs == 3 * count_onnx(path).macs
+
+
+def test_what_the_exporter_noted_of_its_own_batch_does_not_matter(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
+    path = save(tmp_path / "noted.onnx", nodes, shape=("n", 4), weights={"w": floats(4, 5)})
+    model = onnx.load(path)
+    model.graph.value_info.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, (8, 4)))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, (8, 5)))
+    onnx.save(model, path)
+    assert count_onnx(path).macs == 4 * 5
 
 
 @pytest.mark.parametrize(
