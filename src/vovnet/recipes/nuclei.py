@@ -7,18 +7,21 @@ from vovnet.training.config import TrainConfig
 
 
 def config() -> TrainConfig:
-    """Settings for many small objects of one class: images enlarged 1.5 times, 500 detections."""
+    """Settings for many small objects of one class: images enlarged 1.5 times, 500 detections.
+
+    Small crops, few masks for each and many steps: on a CPU that gave the most AP for the time.
+    """
     return TrainConfig(
         model="centermask_lite_ese_vovnet19b_slim",
         model_overrides={
             "max_detections": 500,
             "pre_nms_top_k": 2000,
             "mask_iou_width": 256,
-            "mask_rois_per_image": 12,
+            "mask_rois_per_image": 6,
         },
         preprocess={"scale": 1.5, "max_long_side": 2048},
         augment={
-            "output_size": (256, 256),
+            "output_size": (192, 192),
             "scale_range": (0.7, 1.4),
             "horizontal_flip": 0.5,
             "vertical_flip": 0.5,
@@ -29,14 +32,14 @@ def config() -> TrainConfig:
             "grayscale": 0.1,
             "invert": 0.1,
         },
-        batch_size=8,
-        epochs=8,
+        batch_size=4,
+        epochs=13,
         optimizer="adamw",
         learning_rate=1e-3,
         weight_decay=0.05,
         warmup_steps=50,
         clip_norm=10.0,
-        ema_decay=0.995,
+        ema_decay=0.996,
         eval_every_epochs=4,
         max_detections=500,
         export_half=True,
