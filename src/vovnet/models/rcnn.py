@@ -111,7 +111,7 @@ class BoxHead(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.01)
         nn.init.normal_(self.deltas.weight, std=0.001)
         for layer in (*self.fcs, self.logits, self.deltas):
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
         x = regions

@@ -161,8 +161,8 @@ def _stored(before: Mapping[str, Any], part: str, *keys: str) -> list[float | No
     """Figures of a part of a stored result; None for each unless all are numbers."""
     given = before.get(part)
     values = [given.get(key) for key in keys] if isinstance(given, Mapping) else [None]
-    numbers = all(isinstance(value, int | float) for value in values)
-    return [float(value) for value in values] if numbers else [None] * len(keys)
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return [*numbers] if len(numbers) == len(keys) else [None] * len(keys)
 
 
 def same_machine(profile: Profile, baseline: Mapping[str, Any]) -> bool:

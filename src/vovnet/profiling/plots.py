@@ -84,12 +84,12 @@ def _accuracy_plot(
         return Plot(title, reason="no model has both a recorded accuracy and this figure")
     figure = _figure(6.4, 4.2)
     axes = figure.add_subplot()
-    for model, (cost, low, high) in shown:
+    for model, (middle, low, high) in shown:
         assert model.accuracy is not None
-        axes.errorbar(cost, model.accuracy.value, xerr=[[cost - low], [high - cost]], fmt="o")
+        axes.errorbar(middle, model.accuracy.value, xerr=[[middle - low], [high - middle]], fmt="o")
         axes.annotate(
             f"{model.name}\n{model.accuracy.data}",
-            (cost, model.accuracy.value),
+            (middle, model.accuracy.value),
             textcoords="offset points",
             xytext=(6, 6),
             fontsize=8,
