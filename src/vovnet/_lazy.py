@@ -28,9 +28,10 @@ COMMANDS = {
     "predict": "vovnet.cli.predict:predict",
     "profile": "vovnet.cli.profile:profile",
     "train": "vovnet.cli.train:train",
+    "transition": "vovnet.cli.profile:draw_transition_weights",
     "val": "vovnet.cli.val:val",
 }
-"""Verb of the command line to "module:function"."""
+"""Verb of the command line, or a second mode of one, to "module:function"."""
 
 ENGINES = {
     "torch": "vovnet.runtime.torch:load",

@@ -191,3 +191,15 @@ def test_an_error_of_one_of_many_models_is_named(
     monkeypatch.setattr(command, "profile_targets", fail)
     assert run(monkeypatch, "nuclei") == 2
     assert capsys.readouterr().err.endswith("vovnet: b: cannot run: wrong shape\n")
+
+
+def test_transition_weights_are_drawn_and_nothing_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "transition.png"
+    name = "ese_vovnet19b_slim_dw"
+    assert run(monkeypatch, name, "--transition-weights", picture) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{picture}: 4 blocks of {name}\n"
+    assert run(monkeypatch, name, "vovnet39", "--transition-weights", picture) == 2
+    assert "expected one model, got" in capsys.readouterr().err

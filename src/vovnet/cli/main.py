@@ -235,9 +235,15 @@ def profile(
     ] = None,
     max_increase: Annotated[str, typer.Option(help="Rise that is allowed: 5% or 0.05.")] = "5%",
     seed: Annotated[int, typer.Option(help="Of the order of rounds.")] = 0,
+    transition_weights: Annotated[
+        Path | None,
+        typer.Option(help="Draw which depths each aggregation uses (.png, .svg), and end."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure what an image costs: operations, milliseconds, joules, and the roofline."""
+    if transition_weights is not None:
+        _call("transition", models, transition_weights)
     sweep = (batch or [], image_size or [], threads or [], precision or [], layout or [])
     measured = (energy, end_to_end, cold_starts, roofline, new_ceilings, layers)
     outputs = (data, split, csv, html, update_card, baseline, max_increase, seed, json)

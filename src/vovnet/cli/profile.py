@@ -24,7 +24,15 @@ from vovnet.profiling.plots import profile_plots
 from vovnet.profiling.profile import Settings, profile_targets
 from vovnet.profiling.records import Accuracy, Profile
 from vovnet.profiling.report import plain_console, print_profile, to_csv
-from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
+from vovnet.profiling.target import (
+    Target,
+    distinct,
+    find_target,
+    load_module,
+    parse_image_size,
+)
+from vovnet.profiling.transition import transition_weights
+from vovnet.profiling.transition_plot import draw_transition
 
 BASELINE_SUFFIX = " (baseline)"
 
@@ -110,6 +118,19 @@ def profile(
     for rise in rises:
         print(f"vovnet: {rise.format()}", file=sys.stderr)
     return 4 if rises else 0
+
+
+def draw_transition_weights(models: Sequence[str], picture: Path) -> int:
+    """Draws the VoVNet paper's figure 2 of one network and times nothing."""
+    if len(models) != 1:
+        raise ConfigError(f"transition-weights: expected one model, got {', '.join(models)}")
+    target = find_target(models[0])
+    if target.kind == "onnx":
+        raise ConfigError(f"transition-weights: expected a network of torch, got {models[0]}")
+    maps = transition_weights(load_module(target))
+    draw_transition(maps, picture)
+    print(f"{picture}: {len(maps)} blocks of {target.name}")
+    return 0
 
 
 def _is_folder(text: str) -> bool:

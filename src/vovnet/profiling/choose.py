@@ -44,7 +44,7 @@ def _order(choice: Choice) -> tuple[int, float, float]:
     accuracy, time = choice.candidate.accuracy, choice.candidate.time
     value = -accuracy.value if accuracy else 0.0
     time_ms = time.median_ms if time else float("inf")
-    return (len(choice.reasons), value, time_ms) if not choice.reasons else (9, time_ms, value)
+    return (1, time_ms, value) if choice.reasons else (0, value, time_ms)
 
 
 def _reasons(one: Candidate, max_ms: float | None, max_joules: float | None) -> list[str]:
