@@ -133,7 +133,8 @@ def _profile(
     networks: dict[str, Network] = {}
     points = sweep(targets, settings)
     for number, point in enumerate(points):
-        progress(f"point {number + 1} of {len(points)}: {point.format()}")
+        shown = _own_point(targets[0], point)
+        progress(f"point {number + 1} of {len(points)}: {shown.format()}")
         measured = measure_point(targets, point, settings, meter=meter)
         for name, result in measured.results.items():
             results[name].append(result)
