@@ -131,9 +131,7 @@ def main() -> int:
     try:
         predictor = Predictor.load(options.model, engine="torch", threads=options.threads)
         data = labelled_image()
-        print(
-            f"image         {IMAGE.name}, {data.images[0].width} x {data.images[0].height} pixels"
-        )
+        print(f"{'image':<18}{IMAGE.name}, {data.images[0].width} x {data.images[0].height} pixels")
         print_accuracy(options.model, predictor, data)
         print_cost(predictor, options.repeats)
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -577,3 +577,9 @@ def test_find_images_that_are_not_there(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="expected an image file, a folder"):
         find_images(source)
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
+    assert read_image(str(path)).tolist() == [[[1, 2, 3]] * 3] * 2

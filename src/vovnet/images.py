@@ -28,7 +28,7 @@ _SIDEWAYS = frozenset({5, 6, 7, 8})
 
 
 def read_image(
-    source: Path | bytes,
+    source: str | Path | bytes,
     *,
     page: int = 0,
     max_pixels: int = MAX_PIXELS,
@@ -50,7 +50,8 @@ def read_image(
     unreadable or larger than `max_pixels`, which is checked before any pixel is decoded. Pillow's
     own limit, 2 * PIL.Image.MAX_IMAGE_PIXELS, holds besides.
     """
-    with _opened(source, page=page, max_pixels=max_pixels) as image:
+    file = Path(source) if isinstance(source, str) else source
+    with _opened(file, page=page, max_pixels=max_pixels) as image:
         orientation = _orientation(image)
         keep_stored = expected_size is not None and _only_stored(image, orientation, expected_size)
         pixels = _to_rgb(image)

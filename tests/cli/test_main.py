@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vovnet
 from vovnet.cli import main as command_line
 
 
@@ -58,11 +59,18 @@ def test_models(monkeypatch, capsys) -> None:
     assert "expected one of classify, detect, segment, got 'fly'" in capsys.readouterr().err
 
 
+def test_version(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == vovnet.__version__
+
+
 def test_check(monkeypatch, capsys, data_dir: Path) -> None:
     assert run(monkeypatch, "check", "--data", data_dir) == 0
     (data_dir / "images" / "2.png").write_bytes(b"")
     assert run(monkeypatch, "check", "--data", data_dir) == 3
-    assert "2.png" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("2.png: the file is empty") == 2  # in train and in val
+    assert run(monkeypatch, "check", "--data", data_dir, "--json") == 3
+    assert list(json.loads(capsys.readouterr().out)) == ["train", "val"]
     assert run(monkeypatch, "check", "--data", data_dir, "--split", "test") == 3
     assert "vovnet: split 'test': expected" in capsys.readouterr().err
 

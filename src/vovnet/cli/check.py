@@ -1,14 +1,18 @@
 """`vovnet check`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from vovnet.data.check import check_dataset
 from vovnet.data.coco import find_split
 
 
-def check(data: Path, split: str, as_json: bool) -> int:
-    """Prints every problem of a split; 3 if there is one."""
-    report = check_dataset(*find_split(data, split))
-    print(json.dumps(report.to_json()) if as_json else report.summary(max_lines=1000))
-    return 0 if report.is_good else 3
+def check(data: Path, splits: Sequence[str], as_json: bool) -> int:
+    """Prints every problem of the splits; 3 if there is one."""
+    reports = {split: check_dataset(*find_split(data, split)) for split in splits}
+    if as_json:
+        print(json.dumps({split: report.to_json() for split, report in reports.items()}))
+    else:
+        print("\n".join(report.summary(max_lines=1000) for report in reports.values()))
+    return 0 if all(report.is_good for report in reports.values()) else 3

@@ -13,7 +13,7 @@ from rich.table import Table
 from torchvision.models import ResNet50_Weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from vovnet.errors import ConfigError
+from vovnet.errors import ConfigError, DataError
 from vovnet.model_folder import ModelConfig, save_model_folder
 from vovnet.models.convert import Conversion, check_fit
 from vovnet.models.convert import convert as convert_tensors
@@ -43,9 +43,10 @@ def convert(file: Path, folder: Path, leave_out: Sequence[str], as_json: bool) -
     print(json.dumps(to_json(conversion, output)) if as_json else to_text(conversion, output))
     if report.problems:
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in report.problems.items())
+        advice = "; name what is not wanted with --leave-out" if report.unexpected else ""
         print(
-            f"vovnet: {file}: not all of it makes a {conversion.architecture}: {kinds}; nothing "
-            "was written; name parts that are not wanted with --leave-out",
+            f"vovnet: {file}: no whole {conversion.architecture}: {kinds}; "
+            f"nothing was written{advice}",
             file=sys.stderr,
         )
         return 3
@@ -57,7 +58,11 @@ def convert_checkpoint(file: Path, *, leave_out: Sequence[str] = ()) -> Conversi
 
     Raises ConfigError on a file that cannot be read, DataError on an unknown layout or network.
     """
-    conversion = convert_tensors(read_weights(file), leave_out=leave_out)
+    tensors = read_weights(file)
+    try:
+        conversion = convert_tensors(tensors, leave_out=leave_out)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
     if conversion.layout.name == "timm" and conversion.architecture in PUBLISHED:
         published = PUBLISHED[conversion.architecture]
         conversion = replace(

@@ -14,7 +14,6 @@ from vovnet._lazy import COMMANDS, load
 from vovnet.errors import ConfigError, DataError, TrainingError
 
 app = typer.Typer(
-    help="VoVNet detectors and instance segmenters, and what they cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,6 +56,24 @@ def _call(verb: str, *arguments: Any) -> None:
     raise typer.Exit(run(*arguments))
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # it takes as long as all the rest
+
+        print(version("vovnet"))
+        raise typer.Exit
+
+
+@app.callback()
+def common_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """VoVNet detectors and instance segmenters, and what they cost."""
+
+
 @app.command()
 def models(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'centermask*'.")] = "*",
@@ -70,11 +87,13 @@ def models(
 @app.command()
 def check(
     data: Data,
-    split: Annotated[str, typer.Option(help="Split to look at.")] = "train",
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to look at; repeatable; default: train, val.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Name every bad file and annotation of a data set; exit code 3 if there is one."""
-    _call("check", data, split, json)
+    _call("check", data, split or ["train", "val"], json)
 
 
 @app.command()
@@ -101,7 +120,9 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the train split.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="Or: minutes of wall time.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Instead of --epochs: minutes of wall time.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
     backbone_weights: Annotated[

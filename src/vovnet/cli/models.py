@@ -65,6 +65,8 @@ def models(pattern: str, task: str | None, as_json: bool) -> int:
     if task is not None and task not in TASKS:
         raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     described = [describe(name) for name in list_models(pattern) if task in (None, task_of(name))]
+    if not described:
+        raise ConfigError(f"models: expected a pattern that some name matches, got {pattern!r}")
     bundled = {
         name: {"architecture": config.architecture, "licence": config.licence}
         for name, config in (
@@ -132,7 +134,8 @@ def to_text(described: list[dict[str, object]], bundled: dict[str, dict[str, str
     console = Console(width=160, highlight=False, markup=False)
     with console.capture() as captured:
         console.print(table)
-        console.print("\nTop-1 on ImageNet-1k is the publisher's figure, not measured here.")
+        console.print("\nmacs of a detector depend on the image: vovnet profile MODEL.")
+        console.print("Top-1 on ImageNet-1k is the publisher's figure, not measured here.")
         for name, about in bundled.items():
             console.print(f"bundled: {name} ({about['architecture']}, {about['licence']})")
     return captured.get().rstrip()

@@ -125,7 +125,8 @@ def rename(tensors: Mapping[str, Tensor], *, backbone_only: bool = False) -> Ren
     report = _sort_names(tensors, layout, prefix, backbone_only)
     converted = _join_parts({ours: tensors[name] for name, ours in report.mapped.items()})
     mean, std = _normalisation(tensors, layout, prefix)
-    notes = [f"pixels: mean {list(mean)}, deviation {list(std)} (RGB, 0..255)"]
+    origin = "in the file" if layout.bgr and "pixel_mean" in tensors else "assumed, not in the file"
+    notes = [f"pixels: mean {list(mean)}, deviation {list(std)} (RGB, 0..255; {origin})"]
     if layout.bgr:
         first = ("" if backbone_only else layout.backbone_prefix) + FIRST_CONV
         if converted[first].ndim == 4:  # all else is found to be of a wrong shape

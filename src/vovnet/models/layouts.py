@@ -236,7 +236,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="timm",
         source="github.com/huggingface/pytorch-image-models",
-        licence="Apache-2.0 (timm's own weights)",
+        licence="not in the file; that of timm's own weights is Apache-2.0",
         marks=(_OUR_STEM,),
         rules=(),
     ),
@@ -254,10 +254,8 @@ def recognise(names: Iterable[str]) -> Layout:
         if all(any(re.search(mark, name) for name in names) for mark in layout.marks):
             return layout
     shown = ", ".join(sorted(names)[:4]) or "no tensor"
-    raise DataError(
-        f"checkpoint: expected the names of {', '.join(dict.fromkeys(x.name for x in LAYOUTS))}, "
-        f"found {shown}"
-    )
+    known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
+    raise DataError(f"expected the tensor names of a VoVNet ({known}), found {shown}")
 
 
 def find_prefix(names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Published weights, and reading weights from files without running anything that is in them."""
 
 import hashlib
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -187,6 +188,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"weights {path}: expected named tensors alone, as torch.save(model.state_dict()) "
+            "writes them, found a damaged file or Python objects, which are never loaded: they can "
+            "run code"
+        ) from error
     except Exception as error:  # a stranger's bytes may make a parser fail in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"weights {path}: cannot be read as plain tensors: {reason}") from error

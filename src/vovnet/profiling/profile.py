@@ -26,7 +26,7 @@ from vovnet.profiling.records import (
     PointResult,
     Profile,
 )
-from vovnet.profiling.roofline import DTYPES, Ceilings, find_ceilings
+from vovnet.profiling.roofline import DTYPES, Ceilings, cache_folder, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
 from vovnet.profiling.target import (
     DEFAULT_SIDES,
@@ -90,6 +90,8 @@ def profile_module(
 
 def module_target(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Target:
     """A target of a copy of the module in evaluation mode; raises ConfigError without inputs."""
+    if not isinstance(inputs, tuple):
+        raise ConfigError(f"{name}: expected a tuple of inputs, got {type(inputs).__name__}")
     if not inputs or inputs[0].ndim < 1 or not len(inputs[0]):
         raise ConfigError(f"{name}: expected inputs whose first tensor holds a batch of at least 1")
     return Target(name, "module", "", None, copy.deepcopy(module).eval(), inputs)
@@ -328,7 +330,7 @@ def _ceilings(
 ) -> Ceilings | None:
     if not settings.roofline:
         return None
-    progress("ceilings of this device (kept for the next time)")
+    progress(f"ceilings of this device, measured now or as kept in {cache_folder()}")
     precisions = [point.precision] if point.precision in DTYPES else ["fp32"]
     return find_ceilings(device, precisions, afresh=settings.new_ceilings)
 
