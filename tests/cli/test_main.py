@@ -99,6 +99,7 @@ def test_predict(monkeypatch, capsys, data_dir: Path, model_folder: Path, tmp_pa
         (["--model", "MODEL", "--source", "IMAGES", "--device", "meta"], 2, "device"),
         (["--model", "MODEL", "--source", "IMAGES", "--max-detections", "999999999"], 2, "whole"),
         (["--model", "MODEL", "--source", "IMAGES", "--output", "FILE"], 2, "expected a folder"),
+        (["--model", "MODEL", "--source", "IMAGES", "--threads", "100000"], 2, "threads"),
         (["--model", "MODEL"], 2, "--source"),
     ],
 )
@@ -136,6 +137,12 @@ def test_sigterm_in_predict_keeps_what_is_done(
     arguments = ["--model", model_folder, "--source", data_dir / "images", "--output", tmp_path]
     assert run(monkeypatch, "predict", *arguments) == 143
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_sigterm_ends_any_verb_as_an_exception(monkeypatch) -> None:
+    monkeypatch.setattr("vovnet.cli.main.load", lambda target: None)
+    monkeypatch.setattr("vovnet.cli.main._call", lambda *a: signal.raise_signal(signal.SIGTERM))
+    assert run(monkeypatch, "models") == 143
 
 
 def test_val_wants_the_models_classes(

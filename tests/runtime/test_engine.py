@@ -55,6 +55,8 @@ def test_half_precision_is_near_full_precision(model_folder: Path) -> None:
         ({"precision": "fp7"}, "precision: expected auto, fp32"),
         ({"precision": "fp16", "device": "cpu"}, "expected fp32 or bf16 on the CPU"),
         ({"device": "toaster"}, "device: expected cpu"),
+        ({"threads": 0}, "threads: expected a whole number in 1..1024, got 0"),
+        ({"threads": 100_000}, "threads: expected a whole number"),
         ({"settings": {"colour": 1}}, "model settings: expected one of"),
     ],
 )

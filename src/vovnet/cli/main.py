@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 failed, 2 usage or config, 3 bad data, 4 a gate not met, 130
 interrupted after saving.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,8 @@ MaxDetections = Annotated[
 
 def main() -> None:
     """Runs the command line; errors that a user can mend are one line and an exit code."""
+    # As an exception, so that half-written files are cleared away.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except ConfigError as error:

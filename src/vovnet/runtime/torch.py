@@ -15,6 +15,7 @@ from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
 
+MAX_THREADS = 1024
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,13 +57,24 @@ def load(
 ) -> TorchEngine:
     """The engine of a model folder, BatchNorm folded; fp32 unless stated. Raises ConfigError."""
     chosen = choose_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     model = build_model(folder, overrides=settings)
     fold_batch_norms(model)
     preprocess = Preprocess.from_dict(load_config(folder).preprocess)
     graph = DeployGraph(model, mean=preprocess.mean, std=preprocess.std).eval()
     return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets the CPU threads of the process, None leaves them; raises ConfigError on no such count.
+
+    Far above the number of cores torch ends the process without a word.
+    """
+    if threads is None:
+        return
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(f"threads: expected a whole number in 1..{MAX_THREADS}, got {threads!r}")
+    torch.set_num_threads(threads)
 
 
 def choose_device(name: str) -> torch.device:

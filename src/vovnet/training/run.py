@@ -21,7 +21,7 @@ from vovnet.model_folder import save_model_folder
 from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors
 from vovnet.preprocess import Preprocess
-from vovnet.runtime.torch import choose_device
+from vovnet.runtime.torch import choose_device, set_threads
 from vovnet.training.build import (
     build_detector,
     build_preprocess,
@@ -133,8 +133,7 @@ def train(
     if checkpoint is not None:
         _check_same_training(config, checkpoint.config, where=str(checkpoint_file))
     train_data, val_data, skipped = load_splits(config, skip_bad=skip_bad)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     run = _prepare(config, preprocess, val_data, report)
     # Nothing is written before all this has succeeded: a refused start leaves no trace.
     if checkpoint is None or checkpoint_file is None:
