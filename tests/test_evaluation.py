@@ -276,14 +276,50 @@ def test_masks_are_ranked_by_their_own_score():
     assert result["bbox"] == evaluate_coco(data, predictions).by_type["bbox"]
 
 
-@pytest.mark.parametrize(("num_objects", "score"), [(2, 0.8), (3, 0.3), (9, 0.3)])
-def test_count_score_shows_as_many_as_are_labelled(num_objects, score):
-    assert _count_score([0.3, 0.9, 0.8], num_objects) == score
+def counted(labelled: list[int]) -> DetectionData:
+    """Images with so many objects each, of which the count alone matters."""
+    objects = [
+        tuple(
+            Annotation(
+                id=i,
+                label=0,
+                box_xyxy=(0.0, 0.0, 2.0, 2.0),
+                segmentation=None,
+                area=4.0,
+                is_crowd=False,
+            )
+            for i in range(count)
+        )
+        for count in labelled
+    ]
+    images = tuple(
+        ImageRecord(id=i, path=Path("x"), height=9, width=9, annotations=annotations)
+        for i, annotations in enumerate(objects)
+    )
+    return DetectionData(
+        images=images, class_names=("a",), category_ids=(1,), annotation_file=Path("x")
+    )
+
+
+def found(image_id: int, scores: list[float]) -> list[dict[str, Any]]:
+    return [{"image_id": image_id, "score": score} for score in scores]
+
+
+def test_count_score_counts_every_image_alike():
+    crowded = found(0, [0.9] * 50 + [0.3] * 50)  # 100 objects: right below 0.3
+    sparse = [entry for i in (1, 2) for entry in found(i, [0.8, 0.4, 0.35])]  # one object each
+    assert 0.4 < _count_score(crowded + sparse, counted([100, 1, 1])) <= 0.8
+    assert _count_score(crowded, counted([100])) <= 0.3
+
+
+def test_count_score_is_the_middle_of_equals_and_takes_part_in_what_it_shows():
+    assert _count_score(found(0, [0.6, 0.2]), counted([1])) == pytest.approx(0.41)
+    assert _count_score(found(0, [0.5, 0.5, 0.49]), counted([2])) == 0.5
 
 
 def test_count_score_without_detections_or_objects():
-    assert math.isnan(_count_score([], 3))
-    assert math.isnan(_count_score([0.5], 0))
+    assert math.isnan(_count_score([], counted([3])))
+    assert math.isnan(_count_score(found(0, [0.5]), counted([0])))
 
 
 def test_best_f1_is_that_of_its_threshold():

@@ -57,7 +57,7 @@ class Metrics:
     max_detections: int
     num_images: int
     num_objects: int
-    count_score: float  # from this score up there are as many detections as labelled objects
+    count_score: float  # from this score up the images' counts are nearest to the labelled ones
     num_resamples: int = 0
 
     def main_ap(self) -> float:
@@ -158,17 +158,34 @@ def evaluate_coco(
         max_detections=max_detections,
         num_images=len(data.images),
         num_objects=num_objects,
-        count_score=_count_score([entry["score"] for entry in predictions], num_objects),
+        count_score=_count_score(predictions, data),
         num_resamples=bootstrap,
     )
 
 
-def _count_score(scores: Sequence[float], num_objects: int) -> float:
-    """The score from which on up there are num_objects detections, or the least score of fewer."""
-    if not scores or num_objects == 0:
+def _count_score(predictions: Sequence[Mapping[str, Any]], data: DetectionData) -> float:
+    """The score, in hundredths, from which on up the counts err least; nan where there is nothing.
+
+    The error of an image is |found - labelled| / labelled, and every image counts alike: matching
+    the sum over all would let a few crowded images decide. Of equally good scores the middle one.
+    """
+    labelled = {
+        image.id: sum(not annotation.is_crowd for annotation in image.annotations)
+        for image in data.images
+    }
+    if not predictions or not any(labelled.values()):
         return math.nan
-    ranked = sorted(scores, reverse=True)
-    return math.floor(ranked[min(num_objects, len(ranked)) - 1] * 1e4) / 1e4
+    scores: dict[int, list[float]] = {image_id: [] for image_id in labelled}
+    for prediction in predictions:
+        scores[prediction["image_id"]].append(prediction["score"])
+    limits = np.arange(1, 100) / 100  # (T,)
+    errors = np.zeros_like(limits)
+    for image_id, count in labelled.items():
+        ranked = np.sort(scores[image_id])
+        found = len(ranked) - np.searchsorted(ranked, limits, side="left")
+        errors += np.abs(found - count) / max(count, 1)
+    best = np.flatnonzero(errors == errors.min())
+    return float(limits[best[len(best) // 2]])
 
 
 def _evaluate(

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from vovnet.errors import ConfigError
-from vovnet.files import atomic_write_bytes, atomic_write_text
+from vovnet.files import atomic_write_bytes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,7 +63,7 @@ class ModelConfig(BaseModel):
     """The data set's own id of each class, in the order of class_names."""
     preprocess: dict[str, Any]
     score_threshold: float | None = Field(None, ge=0, le=1)
-    """What is shown by default: on the validation split as many objects as are labelled."""
+    """What is shown by default: the score at which the validation images' counts err least."""
     licence: str
     training: dict[str, Any] = {}
     """Where the weights come from: data, recipe, seed, versions."""
@@ -110,19 +110,26 @@ def save_model_folder(
 
     Each file appears whole or not at all. `tensors` maps names to arrays of any shape and of a
     float, integer or bool type; `card` is the Markdown text of README.md.
-    Raises ConfigError when a tensor's type cannot be stored.
+    Raises ConfigError when a tensor's type or a text cannot be stored; nothing is written then.
     """
     storable = {np.dtype(dtype) for dtype in _DTYPES.values()}
     for name, tensor in tensors.items():
         if tensor.dtype not in storable:
             expected = ", ".join(sorted(dtype.name for dtype in storable))
             raise ConfigError(f"tensor {name!r}: expected one of {expected}, got {tensor.dtype}")
-    folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.copy(order="C") for name, tensor in tensors.items()}
-    # Not save_file: its files are private (0600), whatever the folder's owner wants.
-    atomic_write_bytes(folder / WEIGHTS_FILE, save(contiguous, metadata={"format": "pt"}))
-    atomic_write_text(folder / CARD_FILE, card)
-    atomic_write_text(folder / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+    try:
+        contents = {
+            # Not save_file: its files are private (0600), whatever the folder's owner wants.
+            WEIGHTS_FILE: save(contiguous, metadata={"format": "pt"}),
+            CARD_FILE: card.encode(),
+            CONFIG_FILE: config.model_dump_json(indent=2).encode() + b"\n",
+        }
+    except ValueError as error:  # of both encoders
+        raise ConfigError(f"{folder}: expected names and texts in Unicode: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        atomic_write_bytes(folder / name, content)
 
 
 def load_config(folder: Path) -> ModelConfig:
