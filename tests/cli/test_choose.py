@@ -1,6 +1,7 @@
 """`vovnet choose` as a user runs it; what it measures comes from a made-up profile."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -75,14 +76,20 @@ def test_what_does_not_fit_says_why_and_nothing_left_is_a_gate(
 
 
 def test_data_measures_the_accuracy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
     def measure(folder: Path, data_dir: Path, **keywords: object) -> Accuracy:
         value = 0.9 if folder == model_folder else 0.2
         return Accuracy(value=value, metric="mask AP", data="mine val")
 
     monkeypatch.setattr(command, "measure_accuracy", measure)
-    code, found = chosen(monkeypatch, capsys, model_folder, "--max-ms", 50, "--data", ".")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "val.json").touch()
+    code, found = chosen(monkeypatch, capsys, model_folder, "--max-ms", 50, "--data", tmp_path)
     assert code == 0
     assert [one["name"] for one in found["fits"]] == ["small", "nuclei"]
 
@@ -134,3 +141,40 @@ def test_wrong_arguments(
 ) -> None:
     assert run(monkeypatch, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--device", "q"], 2, "device: expected cpu"),
+        (["--precision", "x"], 2, "precision: expected"),
+        (["--precision", "fp16", "--device", "cpu"], 2, "on the CPU, got 'fp16'"),
+        (["--engine", "abacus"], 2, "engine: expected auto"),
+        (["--source", "none.png"], 3, "none.png: no such file"),
+        (["--data", "none"], 3, "split 'val': expected none/annotations"),
+        (["--image-size", "1" * 5000], 2, "image size: expected"),
+    ],
+)
+def test_wrong_settings_are_no_fault_of_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr(command, "profile_targets", None)
+    assert run(monkeypatch, *arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_no_markup(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "[red]:smile:\x1b")
+    assert run(monkeypatch, folder, *COMMON) == 0
+    out, err = capsys.readouterr()
+    assert "[red]:smile:\\x1b " in out
+    assert "\x1b" not in out + err

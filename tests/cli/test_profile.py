@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vovnet.cli import main as command_line
 from vovnet.cli import profile as command
@@ -14,6 +15,7 @@ from vovnet.errors import ConfigError
 from vovnet.model_folder import load_config
 from vovnet.profiling.profile import profile_targets
 from vovnet.profiling.roofline import Workload
+from vovnet.profiling.target import recorded_accuracy
 
 QUICK = ("--device", "cpu", "--rounds", 2, "--max-seconds", 0, "--image-size", 64)
 BARE = (*QUICK, "--no-energy", "--no-end-to-end", "--no-roofline")
@@ -105,13 +107,14 @@ def test_the_gate_against_a_folder_runs_both_in_the_same_rounds(
         (["missing.onnx"], 2, "missing.onnx: expected an ONNX file"),
         (["nuclei", "nuclei"], 2, "expected different models"),
         (["nuclei", "--image-size", "big"], 2, "image size: expected SIDE or HEIGHTxWIDTH"),
+        (["nuclei", "--image-size", "1" * 5000], 2, "image size: expected SIDE or HEIGHTxWIDTH"),
         (["nuclei", "--precision", "fp8"], 2, "precision: expected"),
         (["nuclei", "--layout", "chwn"], 2, "layout: expected nchw or nhwc"),
         (["nuclei", "--engine", "abacus"], 2, "engine: expected auto"),
         (["nuclei", "--device", "toaster"], 2, "device: expected cpu"),
         (["nuclei", "--max-increase", "much"], 2, "max-increase: expected a share"),
         (["nuclei", "--baseline", "none.json"], 3, "none.json: expected a profile or a model"),
-        (["nuclei", "--html", "none/a.html"], 2, "expected an existing folder to write into"),
+        (["nuclei", "--html", "none/a.html"], 2, "in an existing folder to write into"),
         (["ese_vovnet39b", "--update-card"], 2, "update-card: expected a model folder"),
         (["nuclei", "--data", "none"], 3, "none"),
         (["nuclei", "--batch", "0"], 2, "batch"),
@@ -203,3 +206,74 @@ def test_transition_weights_are_drawn_and_nothing_is_timed(
     assert capsys.readouterr().out == f"{picture}: 4 blocks of {name}\n"
     assert run(monkeypatch, name, "vovnet39", "--transition-weights", picture) == 2
     assert "expected one model, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ("--csv", "model/config.json"),
+        ("--html", "model/sub/../new.html"),
+        ("--csv", "a.png", "--source", "a.png"),
+        ("--html", "base.json", "--baseline", "base.json"),
+        ("--csv", "other/config.json", "--baseline", "other"),
+        ("--csv", "a.csv", "--html", "./a.csv"),
+        ("--csv", "link.csv", "--source", "a.png"),
+        ("--csv", "sub"),
+        ("--html", "none/a.html"),
+        ("--transition-weights", "model/a.png"),
+    ],
+)
+def test_an_output_never_goes_over_what_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+    outputs: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "other"):
+        shutil.copytree(model_folder, name)
+    Path("sub").mkdir()
+    Path("model/sub").mkdir()
+    Image.new("RGB", (8, 8)).save("a.png")
+    Path("link.csv").symlink_to("a.png")
+    Path("base.json").write_text('{"format_version": 1, "models": []}')
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    monkeypatch.setattr(command, "profile_targets", None)
+    assert run(monkeypatch, "model", *outputs) == 2
+    assert "expected a file" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--source", "none.png"], 3), (["--data", "none"], 3)]
+)
+def test_missing_inputs_of_an_architecture_are_refused_first(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
+) -> None:
+    monkeypatch.setattr(command, "profile_targets", None)
+    assert run(monkeypatch, "ese_vovnet39b", *arguments) == code
+
+
+@pytest.mark.parametrize(
+    ("figures", "value"),
+    [
+        ({"ap": 0.5, "ap_interval": [0.4, 0.6]}, 0.5),
+        ({"ap": 0.5, "ap_interval": None}, 0.5),
+        ({"ap": 1}, 1),
+        ({"ap": 0.5, "ap_interval": [0.4]}, None),
+        ({"ap": 0.5, "ap_interval": "ab"}, None),
+        ({"ap": 0.5, "ap_interval": 7}, None),
+        ({"ap": 0.5, "ap_interval": [0.4, 10**400]}, None),
+        ({"ap": True}, None),
+        ({"ap": 10**400}, None),
+        ({"ap": -5e300}, None),
+        (True, None),
+    ],
+)
+def test_a_recorded_accuracy_is_a_share(
+    model_folder: Path, figures: object, value: float | None
+) -> None:
+    config = load_config(model_folder).model_copy(update={"metrics": {"val": {"mask": figures}}})
+    found = recorded_accuracy(config)
+    assert (found and found.value) == value

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,44 @@ def test_a_stored_figure_that_is_none_is_passed_over(part: str, value: object) -
     found = {rise.figure for rise in check_against_file(now, before, 0.05, where="base.json")}
     wanted = {"timings": "median_ms", "energy": "energy_per_image_j", "counts": "macs"}
     assert found == set(wanted.values()) - {wanted[part]}
+
+
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "NaN", "-Infinity", "1e999"])
+def test_a_number_that_is_not_finite_is_no_profile(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "base.json"
+    path.write_text(f'{{"format_version": 1, "models": [], "x": {number}}}')
+    with pytest.raises(DataError, match="which is no finite number"):
+        read_baseline(path)
+
+
+def test_json_nested_too_deep(tmp_path: Path) -> None:
+    path = tmp_path / "base.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"base\.json: expected a profile"):
+        read_baseline(path)
+
+
+def test_what_was_written_is_read_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(profile().to_dict()))
+    assert read_baseline(path) == stored(profile())
+
+
+def test_nothing_to_compare_is_no_pass() -> None:
+    before = stored(profile())
+    before["models"][0]["results"][0] |= {"counts": None, "timings": None}
+    with pytest.raises(DataError, match="with counts or times to compare"):
+        check_against_file(profile(), before, 0.05, where="base.json")
+
+
+def test_a_single_round_is_no_rise_of_time() -> None:
+    slow = result(90.0)
+    assert slow.timings is not None
+    once = replace(slow, timings=replace(slow.timings, count=1))
+    assert rises(profile(model("a", slow)), profile()) == ["median_ms"]
+    assert rises(profile(model("a", once)), profile()) == []
+    before = stored(profile())
+    before["models"][0]["results"][0]["timings"]["count"] = 1
+    assert check_against_file(profile(model("a", slow)), before, 0.05, where="base.json") == []
+    ratio = Ratio("a", "b", 3.0, 3.0, 3.0, 1, True)
+    assert check_interleaved(model("a"), model("b"), ratio, 0.05) == []

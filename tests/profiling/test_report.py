@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from tests.profiling.made_up import model, profile, result
+from tests.profiling.made_up import layer, model, profile, result
 from vovnet.errors import ConfigError
 from vovnet.profiling import plots
 from vovnet.profiling.compare import Ratio
@@ -161,3 +161,38 @@ def test_a_terminal_gets_a_frame() -> None:
     stream = io.StringIO()
     print_profile(two_models(), Console(file=stream, force_terminal=True, width=200))
     assert "─" in stream.getvalue()
+
+
+HOSTILE = "[red]:smile:$x_{$\x1b[31m[/]"
+
+
+def hostile() -> Profile:
+    failed = replace(result(), timings=None, error="[/bold] $")
+    ratio = Ratio(HOSTILE, "[/]", 1.5, 1.4, 1.6, 40, True)
+    return profile(model(HOSTILE, result(), failed), model("[/]"), ratios=(ratio,))
+
+
+def test_names_and_errors_are_printed_as_they_are() -> None:
+    text = printed(hostile())
+    shown = "[red]:smile:$x_{$\\x1b[31m[/]"
+    assert f"ratio  {shown} / [/]: 1.500" in text
+    assert any(line.startswith(f"{shown} ") for line in text.splitlines())
+    assert f"{shown}: slowest 2 of 2 layers" in text
+    assert f"{shown}: mask AP 0.500" in text
+    assert "[/bold] $" in text
+    assert "\x1b" not in text
+
+
+def test_a_name_is_no_formula_of_a_plot() -> None:
+    value = hostile()
+    named = replace(value.models[0], layers=(layer("$x_{$", 1.0),), name="$\\frac$")
+    drawn = profile_plots(replace(value, models=(named,)))
+    assert any("$\\frac$" in plot.svg for plot in drawn)
+    assert any("$x_{$" in plot.svg for plot in drawn)
+
+
+@pytest.mark.parametrize("first", "=+-@")
+def test_a_name_is_no_formula_of_a_spreadsheet(first: str) -> None:
+    (row,) = csv.DictReader(io.StringIO(to_csv(profile(model(f"{first}1+1")))))
+    assert row["model"] == f"'{first}1+1"
+    assert row["layout"] == "nhwc"

@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from vovnet.data.coco import find_split
 from vovnet.errors import ConfigError
 from vovnet.model_folder import bundled_models
 from vovnet.models.zoo import list_models
@@ -18,9 +19,9 @@ from vovnet.profiling.accuracy import measure_accuracy
 from vovnet.profiling.choose import Candidate, Choice, rank
 from vovnet.profiling.compare import Sampling
 from vovnet.profiling.placing import image_counts
-from vovnet.profiling.profile import Settings, profile_targets, sweep
+from vovnet.profiling.profile import Settings, check_settings, profile_targets, sweep
 from vovnet.profiling.records import Counts, Profile
-from vovnet.profiling.report import figure, footing, milliseconds, plain_console
+from vovnet.profiling.report import figure, footing, milliseconds, plain, plain_console
 from vovnet.profiling.stages import WHOLE
 from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
 
@@ -72,6 +73,9 @@ def choose(
         roofline=False,
         image=image,
     )
+    check_settings(settings)
+    if data_dir is not None:
+        find_split(data_dir, split)
     counted = _count_architectures(task, architectures, settings)
     profiles: list[Profile] = []
     candidates = []
@@ -174,13 +178,14 @@ def _print(
         table.add_column(name)
     for choice in choices:
         one = choice.candidate
-        table.add_row(
+        cells = (
             one.name,
             one.accuracy.format() if one.accuracy else "-",
             "-" if one.time is None else f"{milliseconds(one.time.median_ms)} ms",
             figure(None if one.energy is None else one.energy.energy_per_image_j),
             "; ".join(choice.reasons) or "yes",
         )
+        table.add_row(*map(plain, cells))
     console.print(table)
     if len({c.candidate.accuracy.data for c in choices if c.candidate.accuracy}) > 1:
         console.print("accuracies of different data do not compare: give --data", markup=False)
@@ -192,4 +197,4 @@ def _print(
         costs.add_row(name, *(figure(value, 4) for value in figures))
     console.print(costs)
     for line in footing(profiles[0]) if profiles else []:
-        console.print(line, highlight=False, markup=False, style="dim")
+        console.print(plain(line), style="dim")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vovnet.data.coco import find_split
 from vovnet.errors import ConfigError
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, bundled_models
@@ -21,7 +22,7 @@ from vovnet.profiling.gate import (
 )
 from vovnet.profiling.html import to_html
 from vovnet.profiling.plots import profile_plots
-from vovnet.profiling.profile import Settings, profile_targets
+from vovnet.profiling.profile import Settings, check_settings, profile_targets
 from vovnet.profiling.records import Accuracy, Profile
 from vovnet.profiling.report import plain_console, print_profile, to_csv
 from vovnet.profiling.target import (
@@ -92,9 +93,13 @@ def profile(
         reference = replace(found, name=found.name + BASELINE_SUFFIX)
     elif baseline is not None:
         stored = read_baseline(Path(baseline))
-    for file in (csv_file, html_file):
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file}: expected an existing folder to write into, found none")
+    outputs = [file for file in (csv_file, html_file) if file is not None]
+    kept = [Path(baseline)] if stored is not None and baseline is not None else []
+    kept += [] if image is None else [image]
+    _check_outputs(outputs, kept, [*targets, *([reference] if reference else [])])
+    check_settings(settings)
+    if data_dir is not None:
+        find_split(data_dir, split)
     accuracies = _accuracies(targets, data_dir, split, settings)
     measured = profile_targets(
         [*([reference] if reference else []), *targets],
@@ -127,6 +132,7 @@ def draw_transition_weights(models: Sequence[str], picture: Path) -> int:
     target = find_target(models[0])
     if target.kind == "onnx":
         raise ConfigError(f"transition-weights: expected a network of torch, got {models[0]}")
+    _check_outputs([picture], [], [target])
     maps = transition_weights(load_module(target))
     draw_transition(maps, picture)
     print(f"{picture}: {len(maps)} blocks of {target.name}")
@@ -135,6 +141,27 @@ def draw_transition_weights(models: Sequence[str], picture: Path) -> int:
 
 def _is_folder(text: str) -> bool:
     return (Path(text) / CONFIG_FILE).is_file() or text in bundled_models()
+
+
+def _check_outputs(
+    outputs: Sequence[Path], kept: Sequence[Path], targets: Sequence[Target]
+) -> None:
+    """Refuse outputs that cannot be written, or would write over what is read or each other."""
+    taken = [path.resolve() for path in kept]
+    taken += [target.path.resolve() for target in targets if target.path is not None]
+    for output in outputs:
+        path = output.resolve()
+        if path.is_dir() or not path.parent.is_dir():
+            found = "a folder" if path.is_dir() else "none"
+            raise ConfigError(
+                f"{output}: expected a file in an existing folder to write into, found {found}"
+            )
+        if any(path.is_relative_to(other) for other in taken):
+            raise ConfigError(
+                f"{output}: expected a file apart from models, --source, --baseline and other "
+                "outputs, got one of these"
+            )
+        taken.append(path)
 
 
 def _require_folders(targets: Sequence[Target]) -> None:

@@ -12,7 +12,7 @@ from vovnet.evaluation import IouType, evaluate_coco, predict_images
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, load_config
 from vovnet.predict import Predictor
-from vovnet.profiling.records import Accuracy, ModelProfile, Profile
+from vovnet.profiling.records import Accuracy, ModelProfile, Profile, printable
 
 
 def measure_accuracy(
@@ -52,7 +52,7 @@ def measure_accuracy(
     return Accuracy(
         value=figures.ap,
         metric="mask AP" if masks else "box AP",
-        data=f"{data_dir.resolve().name} {split}",
+        data=printable(f"{data_dir.resolve().name} {split}"),
         low=low,
         high=high,
     )

@@ -1,6 +1,7 @@
 """A gate on cost: what rose against a baseline, by more than is allowed and more than noise is."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from vovnet.profiling.records import (
     Point,
     PointResult,
     Profile,
+    printable,
 )
 
 COUNTED = ("macs", "parameters", "memory_access", "peak_activation_elements")
@@ -56,9 +58,16 @@ def read_baseline(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BASELINE_BYTES:
             raise DataError(f"{path}: expected a profile, found a file of over 64 MB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_int=_number,
+            parse_float=_number,
+            parse_constant=_number,
+        )
     except FileNotFoundError:
         raise DataError(f"{path}: expected a profile or a model folder, found none") from None
+    except RecursionError:
+        raise DataError(f"{path}: expected a profile, found JSON nested too deep") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected a profile as JSON, found: {error}") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
@@ -71,6 +80,13 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return content
 
 
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]}, which is no finite number")
+    return int(text) if text.removeprefix("-").isdecimal() else value
+
+
 def check_against_file(
     profile: Profile, baseline: Mapping[str, Any], max_increase: float, *, where: str
 ) -> list[Rise]:
@@ -78,7 +94,8 @@ def check_against_file(
     where the whole interval lies above the stored one by that much, and only on the same machine.
 
     Models are matched by name, or a single one with a single one, and their points by setting.
-    Raises DataError when nothing can be compared.
+    Of a single round no time is compared: it has no interval. Raises DataError when nothing can
+    be compared.
     """
     stored = {str(model.get("name")): model for model in baseline["models"]}
     alone = len(stored) == len(profile.models) == 1
@@ -91,14 +108,15 @@ def check_against_file(
             before = _stored_result(other, result.point) if other is not None else None
             if before is None:
                 continue
-            compared += 1
+            compared += _is_comparable(result, before, same_hardware)
             rises += _counted(model.name, result.counts, before.get("counts"), max_increase)
             if same_hardware:
                 rises += _measured(model.name, result, before, max_increase)
     if not compared:
-        known = ", ".join(stored) or "none"
+        known = printable(", ".join(stored)) or "none"
         raise DataError(
-            f"{where}: expected one of the profiled models at the same point, found {known}"
+            f"{where}: expected one of the profiled models at the same point, with counts or times "
+            f"to compare, found {known}"
         )
     return rises
 
@@ -114,13 +132,26 @@ def check_interleaved(
         if before.counts is not None:
             stored = {name: getattr(before.counts, name) for name in COUNTED}
             rises += _counted(model.name, now.counts, stored, max_increase)
-    if ratio is not None and ratio.low > 1 + max_increase:
+    if ratio is not None and ratio.rounds > 1 and ratio.low > 1 + max_increase:
         note = f"relative time, interval {ratio.low:.3f} to {ratio.high:.3f}, n = {ratio.rounds}"
         rises.append(Rise(model.name, "latency", 1.0, ratio.ratio, note))
     now_j, before_j = (_joules(one) for one in (model, baseline))
     if now_j and before_j and _is_above(now_j[1], before_j[2], max_increase):
         rises.append(Rise(model.name, "energy_per_image_j", before_j[0], now_j[0]))
     return rises
+
+
+def _is_comparable(result: PointResult, before: Mapping[str, Any], same_hardware: bool) -> bool:
+    counts = before.get("counts") if result.counts is not None else None
+    figures = [counts.get(name) for name in COUNTED] if isinstance(counts, Mapping) else []
+    counted = any(isinstance(value, int | float) for value in figures)
+    return counted or (same_hardware and _has_times(result, before))
+
+
+def _has_times(result: PointResult, before: Mapping[str, Any]) -> bool:
+    """Whether both sides have times of more than one round."""
+    (count,) = _stored(before, "timings", "count")
+    return result.timings is not None and result.timings.count > 1 and (count or 0) > 1
 
 
 def _counted(name: str, counts: Counts | None, stored: object, max_increase: float) -> list[Rise]:
@@ -140,7 +171,8 @@ def _measured(
     rises = []
     times, energy = result.timings, result.energy
     low, middle, high = _stored(before, "timings", "median_low_ms", "median_ms", "median_high_ms")
-    if times is not None and _is_above(times.median_low_ms, high, max_increase):
+    timed = times is not None and _has_times(result, before)
+    if timed and times is not None and _is_above(times.median_low_ms, high, max_increase):
         note = f"interval {times.median_low_ms:.4g} to {times.median_high_ms:.4g} "
         note += f"against {low:.4g} to {high:.4g}"
         rises.append(Rise(name, "median_ms", middle or 0.0, times.median_ms, note))

@@ -93,6 +93,7 @@ def _accuracy_plot(
             textcoords="offset points",
             xytext=(6, 6),
             fontsize=8,
+            parse_math=False,
         )
     axes.set_xlabel(f"{label} ({unit}), 95 % interval" if unit == "ms" else f"{label} ({unit})")
     axes.set_ylabel(" / ".join(sorted({m.accuracy.metric for m, _ in shown if m.accuracy})))
@@ -161,7 +162,8 @@ def _bars(
     axes = figure.add_subplot()
     colours = ["tab:blue" if layer.bound == "compute" else "tab:orange" for layer in layers]
     axes.barh(range(len(layers)), [value_of(layer) for layer in layers], color=colours)
-    axes.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=6)
+    names = [layer.name for layer in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=6, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel(f"{unit} (blue: bound by compute, orange: by memory)")
     return Plot(title, _svg(figure, title), basis=_layer_basis(model))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vovnet.errors import ConfigError
+from vovnet.images import read_image
 from vovnet.model_folder import load_config
 from vovnet.predict import Predictor
 from vovnet.profiling.compare import Comparison, Ratio, Sampling, interleave
@@ -18,6 +19,7 @@ from vovnet.profiling.latency import Timings
 from vovnet.profiling.machine import describe_machine
 from vovnet.profiling.placing import image_counts, place_network
 from vovnet.profiling.records import (
+    LAYOUTS,
     Accuracy,
     Counts,
     ModelProfile,
@@ -25,6 +27,7 @@ from vovnet.profiling.records import (
     Point,
     PointResult,
     Profile,
+    printable,
 )
 from vovnet.profiling.roofline import DTYPES, Ceilings, cache_folder, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
@@ -36,6 +39,7 @@ from vovnet.profiling.target import (
     picture,
     recorded_accuracy,
 )
+from vovnet.runtime.engine import ENGINES
 from vovnet.runtime.torch import choose_device
 
 
@@ -71,6 +75,28 @@ class Settings:
             values = [value for value in getattr(self, name) if value is not None]
             if not getattr(self, name) or any(value < 1 for value in values):
                 raise ConfigError(f"{name}: expected whole numbers of at least 1, got {values}")
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse what no model could run with, before anything is measured.
+
+    Raises ConfigError on an unknown engine, device, precision or layout, and ImageError on a
+    picture that cannot be read.
+    """
+    device = choose_device(settings.device)
+    known = (
+        ("engine", ENGINES, (settings.engine,)),
+        ("precision", ("auto", *DTYPES), settings.precisions),
+        ("layout", LAYOUTS, settings.layouts),
+    )
+    for name, allowed, given in known:
+        for value in given:
+            if value not in allowed:
+                raise ConfigError(f"{name}: expected {' or '.join(allowed)}, got {value!r}")
+    if device.type == "cpu" and set(settings.precisions) == {"fp16"}:
+        raise ConfigError("precision: expected fp32 or bf16 on the CPU, got 'fp16'")
+    if settings.image is not None:
+        read_image(settings.image)
 
 
 def profile_module(
@@ -225,6 +251,7 @@ def explain(error: Exception, where: str) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         return "out of memory"
+    text = printable(text)
     if isinstance(error, ConfigError):
         return text
     if "CUDA error" in text or "device-side" in text:
@@ -235,13 +262,14 @@ def explain(error: Exception, where: str) -> str:
 def method_lines(settings: Settings) -> tuple[str, ...]:
     """How the figures came about, in sentences that stand beside them."""
     sampling = settings.sampling
+    pixels = "random pixels" if settings.image is None else printable(settings.image.name)
     return (
         f"Times: warmed up until stable; rounds in random order over all models, at least "
         f"{sampling.min_rounds}, then until each interval is within "
         f"{100 * sampling.precision:g} % or {sampling.max_s:g} s are over; the device is waited "
         "for after each batch. Intervals are 95 %: of a median by rank, of a ratio by bootstrap "
         "over rounds.",
-        f"Networks see {'random pixels' if settings.image is None else settings.image.name}; "
+        f"Networks see {pixels}; "
         "BatchNorm is folded in model folders and architectures, not in other modules; bf16 and "
         "fp16 are torch's autocast.",
         "Energy: all metered devices over whole windows, idle power included; active energy is "
@@ -354,7 +382,7 @@ def _model_profile(
         name=target.name,
         kind=target.kind,
         task=target.task,
-        input="random pixels" if settings.image is None else settings.image.name,
+        input="random pixels" if settings.image is None else printable(settings.image.name),
         accuracy=None if folder is None else recorded_accuracy(load_config(folder)),
         results=results,
         stages=stages,

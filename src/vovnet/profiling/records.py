@@ -15,6 +15,11 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 TargetKind = Literal["folder", "architecture", "module", "onnx"]
 
 
+def printable(text: str) -> str:
+    """The text on one line, in characters that every terminal, page and file can take."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One setting of a sweep; sizes in pixels of the network's input, threads None: as they are."""

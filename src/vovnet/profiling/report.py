@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from vovnet.profiling.records import ModelProfile, PointResult, Profile
+from vovnet.profiling.records import ModelProfile, PointResult, Profile, printable
 
 _PLAIN_WIDTH = 220
 MISSING = "-"
@@ -84,11 +85,16 @@ def print_profile(profile: Profile, console: Console, *, layers: int = 10) -> No
     style = box.SIMPLE_HEAD if console.is_terminal else None
     console.print(network_table(profile, style), soft_wrap=not console.is_terminal)
     for ratio in profile.ratios:
-        console.print(f"ratio  {ratio.format()}", highlight=False)
+        console.print(plain(f"ratio  {ratio.format()}"))
     for model in profile.models:
         _print_model(model, console, style, layers)
     for line in [*reasons(profile), *footing(profile)]:
-        console.print(line, highlight=False, markup=False, style="dim")
+        console.print(plain(line), style="dim")
+
+
+def plain(text: str) -> Text:
+    """The text as it is: neither markup nor emoji nor control characters act."""
+    return Text(printable(text))
 
 
 def plain_console(file: io.TextIOBase | None = None) -> Console:
@@ -112,7 +118,7 @@ def network_table(profile: Profile, style: box.Box | None) -> Table:
         left = COLUMNS[index][0] in ("model", "accuracy", "point", "engine")
         table.add_column(COLUMNS[index][0], justify="left" if left else "right")
     for row in rows:
-        table.add_row(*(row[index] for index in used))
+        table.add_row(*(plain(row[index]) for index in used))
     return table
 
 
@@ -154,8 +160,13 @@ def to_csv(profile: Profile) -> str:
         _csv_row(profile, model, result) for model in profile.models for result in model.results
     ]
     writer.writerow(rows[0].keys() if rows else [])
-    writer.writerows(row.values() for row in rows)
+    writer.writerows(map(_csv_cell, row.values()) for row in rows)
     return stream.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    """A text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
 
 
 def _csv_row(profile: Profile, model: ModelProfile, result: PointResult) -> dict[str, object]:
@@ -202,7 +213,8 @@ def _csv_row(profile: Profile, model: ModelProfile, result: PointResult) -> dict
 
 def _print_model(model: ModelProfile, console: Console, style: box.Box | None, layers: int) -> None:
     if model.accuracy is not None:
-        console.print(f"\n{model.name}: {model.accuracy.format()}", highlight=False, markup=False)
+        console.print()
+        console.print(plain(f"{model.name}: {model.accuracy.format()}"))
     stages = dict(model.stages)
     if model.cold_start is not None:
         stages["fresh process"] = model.cold_start
@@ -234,7 +246,7 @@ def _print_model(model: ModelProfile, console: Console, style: box.Box | None, l
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], style: box.Box | None) -> Table:
     table = Table(box=style, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 2 else "right")
+        table.add_column(plain(name), justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     return table

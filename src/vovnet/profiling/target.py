@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from vovnet.model_folder import ModelConfig, bundled_models, load_config, resolv
 from vovnet.models.deploy import fold_batch_norms
 from vovnet.models.zoo import create_model, list_models, task_of
 from vovnet.predict import Predictor
-from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind
+from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
-from vovnet.runtime.torch import build_model, choose_device
+from vovnet.runtime.torch import build_model, choose_device, set_threads
 
 DEFAULT_SIDES = {"classify": 224, "detect": 512, "segment": 512}
 _MAX_SIDE = 16384
+_MAX_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,11 @@ def find_target(text: str) -> Target:
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ConfigError(f"{path}: expected an ONNX file, found none")
-        return Target(path.name, "onnx", "", path)
+        return Target(printable(path.name), "onnx", "", path)
     if (path / "config.json").is_file() or text in bundled_models():
         folder = resolve_model(text)
-        return Target(folder.resolve().name, "folder", load_config(folder).task, folder)
+        name = printable(folder.resolve().name)
+        return Target(name, "folder", load_config(folder).task, folder)
     if text in list_models():
         return Target(text, "architecture", task_of(text))
     if path.exists():
@@ -87,7 +89,9 @@ def distinct(targets: Sequence[Target]) -> list[Target]:
     """
     names = [target.name for target in targets]
     renamed = [
-        replace(target, name=str(target.path)) if names.count(target.name) > 1 else target
+        replace(target, name=printable(str(target.path)))
+        if names.count(target.name) > 1
+        else target
         for target in targets
     ]
     paths = [target.path.resolve() if target.path else target.name for target in targets]
@@ -99,6 +103,8 @@ def distinct(targets: Sequence[Target]) -> list[Target]:
 def parse_image_size(text: str) -> tuple[int, int]:
     """Height and width of SIDE or HEIGHTxWIDTH, in pixels; raises ConfigError."""
     parts = text.lower().split("x")
+    if len(text) > _MAX_DIGITS * 2:  # Python refuses to read thousands of digits
+        raise ConfigError(f"image size: expected SIDE or HEIGHTxWIDTH, got {len(text)} characters")
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"image size: expected SIDE or HEIGHTxWIDTH in pixels, got {text!r}")
     height, width = int(parts[0]), int(parts[-1])
@@ -134,7 +140,7 @@ def open_network(
     if point.layout not in LAYOUTS:
         raise ConfigError(f"layout: expected {' or '.join(LAYOUTS)}, got {point.layout!r}")
     if point.threads is not None:
-        torch.set_num_threads(point.threads)
+        set_threads(point.threads)
     if target.kind == "onnx":
         return _open_onnx(target, point)
     if target.kind == "folder" and target.task != "classify":
@@ -201,20 +207,32 @@ def image_shape(shape: Sequence[Any], point: Point) -> list[int]:
 
 
 def recorded_accuracy(config: ModelConfig) -> Accuracy | None:
-    """The figure that a model folder records, of the test split before the validation split."""
-    data = str(config.training.get("data") or "unnamed data")
+    """The figure that a model folder records, of the test split before the validation split.
+
+    What is no number in 0..1, or has an interval that is none, is no figure.
+    """
+    data = printable(str(config.training.get("data") or "unnamed data"))
     order = {"test": 0, "val": 1}
     for split in sorted(config.metrics, key=lambda name: order.get(name, 2)):
         figures = config.metrics[split]
         for key, metric in (("mask", "mask AP"), ("box", "box AP"), ("top1", "top-1")):
             part = figures.get(key) if isinstance(figures, Mapping) else None
             given = part if isinstance(part, Mapping) else {"ap": part}
-            value = given.get("ap")
-            if isinstance(value, int | float):
-                low, high = given.get("ap_interval") or (None, None)
-                where = f"{data} {split}"
-                return Accuracy(value=value, metric=metric, data=where, low=low, high=high)
+            value, interval = given.get("ap"), given.get("ap_interval")
+            if not _is_share(value) or not (interval is None or _is_interval(interval)):
+                continue
+            low, high = interval or (None, None)
+            where = f"{data} {printable(split)}"
+            return Accuracy(value=value, metric=metric, data=where, low=low, high=high)
     return None
+
+
+def _is_share(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_share, value))
 
 
 def _open_folder(

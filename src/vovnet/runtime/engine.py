@@ -11,6 +11,7 @@ from vovnet import _lazy
 from vovnet.errors import ConfigError
 from vovnet.model_folder import resolve_model
 
+ENGINES = ("auto", *_lazy.ENGINES)
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
