@@ -31,6 +31,7 @@ ORDER = [
     "preprocess",
     "model_folder",
     # tensors in, tensors out
+    "models.settings",
     "models.layers",
     "models.vovnet",
     "models.fpn",

@@ -104,14 +104,11 @@ def test_a_failing_save_leaves_the_old_model(folder: Path) -> None:
 
 def test_config_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-
-    def record(path: Path, text: str) -> None:
-        assert (path.parent / "model.safetensors").exists()
-        written.append(path.name)
-
-    monkeypatch.setattr(model_folder, "atomic_write_text", record)
+    monkeypatch.setattr(
+        model_folder, "atomic_write_bytes", lambda path, data: written.append(path.name)
+    )
     save_model_folder(tmp_path, make_config(), make_tensors(), card="")
-    assert written == ["README.md", "config.json"]
+    assert written == ["model.safetensors", "README.md", "config.json"]
 
 
 def test_bfloat16_is_read_as_float32(tmp_path: Path) -> None:
@@ -303,3 +300,12 @@ def test_every_bundled_model_loads() -> None:
         config = load_config(path)
         assert len(config.class_names) == len(config.category_ids)
         assert load_tensors(path)
+
+
+@pytest.mark.parametrize("part", ["card", "config"])
+def test_a_text_that_utf_8_does_not_have_writes_nothing(tmp_path: Path, part: str) -> None:
+    config = make_config(training={"from": "\udcff" if part == "config" else ""})
+    card = "\udcff" if part == "card" else ""
+    with pytest.raises(ConfigError, match="Unicode"):
+        save_model_folder(tmp_path / "model", config, make_tensors(), card=card)
+    assert not (tmp_path / "model").exists()

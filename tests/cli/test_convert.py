@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -172,3 +173,35 @@ def test_wrong_arguments(monkeypatch, capsys, tmp_path: Path, checkpoints: dict[
         assert "Traceback" not in error
     assert not (tmp_path / "new").exists()
     assert [path.name for path in full.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("shape", [(10**18, 0), (100_001, 0)])
+def test_a_head_of_too_many_classes_is_refused(monkeypatch, capsys, tmp_path, shape) -> None:
+    with torch.device("meta"):
+        own = create_model("ese_vovnet19b_slim_dw").state_dict()
+    state = {name: torch.ones(value.shape) for name, value in own.items()}
+    torch.save(state | {"head.fc.weight": torch.ones(shape)}, tmp_path / "w.pth")
+    assert run(monkeypatch, "convert", tmp_path / "w.pth", "--to", tmp_path / "model") == 2
+    assert "w.pth: model settings: num_classes: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [(b"a`b.pth", "a\\u0060b.pth"), (b"a\n#b.pth", "a\\u000a#b.pth"), (b"\xff.pth", "\\udcff.pth")],
+)
+def test_any_file_name_is_told_in_plain_text(monkeypatch, tmp_path, name: bytes, shown) -> None:
+    path = tmp_path / os.fsdecode(name)
+    with torch.device("meta"):
+        own = create_model("ese_vovnet19b_slim_dw").state_dict()
+    torch.save({key: torch.ones(value.shape) for key, value in own.items()}, path)
+    assert run(monkeypatch, "convert", path, "--to", tmp_path / "model") == 0
+    assert load_config(tmp_path / "model").training["converted_from"] == shown
+    assert f"from `{shown}`\n" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_target_that_is_no_folder(monkeypatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name, found in [("file", "found the file"), ("link", "found a link to nothing")]:
+        assert run(monkeypatch, "convert", tmp_path / "w.pth", "--to", tmp_path / name) == 2
+        assert found in capsys.readouterr().err

@@ -317,3 +317,25 @@ def test_recognition_needs_names_alone() -> None:
     assert recognise(CENTERMASK["keys"]).name == "centermask2 CenterMask"
     assert recognise(FASTER_RCNN["keys"]).licence.startswith("CC-BY-NC-4.0")
     assert recognise(KEYS["vovnet39"]).licence.startswith("none stated")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stem.0.bn.weight", 1e300), ("stem.0.bn.running_var", -1.0)],
+)
+def test_figures_that_no_model_holds_are_refused(name: str, value: float) -> None:
+    with torch.device("meta"):
+        own = create_model("ese_vovnet19b_slim_dw").state_dict()
+    tensors = {key: torch.ones(tensor.shape) for key, tensor in own.items()}
+    tensors[name] = torch.full(own[name].shape, value, dtype=torch.float64)
+    report = check_fit(convert(tensors), own).report
+    assert [text.partition(" ")[0] for text in report.not_finite] == [name]
+
+
+def test_a_block_number_without_end_has_no_place() -> None:
+    with torch.device("meta"):
+        own = create_model("ese_vovnet19b_slim_dw").state_dict()
+    tensors = {key: torch.ones(tensor.shape) for key, tensor in own.items()}
+    endless = f"stages.0.blocks.{'9' * 5000}.conv_concat.conv.weight"
+    report = convert(tensors | {endless: torch.ones(1)}).report
+    assert report.unexpected == (endless,)

@@ -634,7 +634,7 @@ def test_parameters_are_those_of_the_published_key_shapes(backbone: str, million
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"head_norm": "bn"}, "expected none or gn, got 'bn'"),
+        ({"head_norm": "bn"}, "expected one of none, gn, got 'bn'"),
         ({"anchor_sizes": (32, 64)}, "expected 5 anchor_sizes"),
         ({"anchor_ratios": ()}, "at least one of anchor_ratios"),
         ({"roi_positive_fraction": 1.5}, r"a number in 0\.\.1"),

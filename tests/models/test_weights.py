@@ -343,3 +343,29 @@ def test_tensors_that_do_not_fit_change_nothing(tmp_path: Path, state, change, m
     with pytest.raises(ConfigError, match=message):
         load_checkpoint(model, tmp_path / "w.pth", name=SMALL)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(1), "module.x": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"expected 'x' once, found it also as 'module\.x'"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_lazily_negated_tensor_has_its_own_numbers(tmp_path: Path) -> None:
+    torch.save({"x": torch._neg_view(torch.ones(2))}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth")["x"].numpy().tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("kind", ["script", "objects"])
+def test_nobody_is_advised_to_run_a_file(tmp_path: Path, kind: str, recwarn) -> None:
+    path = tmp_path / "w.pth"
+    if kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+    else:
+        torch.save({"x": Path("x")}, path)
+    recwarn.clear()
+    with pytest.raises(ConfigError) as caught:
+        read_weights(path)
+    assert caught.value.__suppress_context__
+    assert "weights_only" not in str(caught.value)
+    assert not recwarn.list

@@ -75,7 +75,7 @@ def test_lite_is_smaller_where_the_paper_says() -> None:
         ({"name": f"fcos_{SMALL}", "features_only": True}, "expected a backbone"),
         ({"name": f"fcos_{SMALL}", "overrides": {"max_detections": 0}}, "whole number"),
         ({"name": f"fcos_{SMALL}", "overrides": {"max_detections": "9"}}, "whole number"),
-        ({"name": f"fcos_{SMALL}", "overrides": {"nms_threshold": float("nan")}}, "at least 0"),
+        ({"name": f"fcos_{SMALL}", "overrides": {"nms_threshold": float("nan")}}, "0..1"),
         ({"name": "ese_vovnet19b", "pretrained": True}, "ese_vovnet57b"),
         ({"name": SMALL, "checkpoint_path": "no/such/file.pth"}, "found none at"),
     ],
@@ -178,3 +178,90 @@ def test_published_weights_go_into_models_and_backbones(monkeypatch, tmp_path: P
     for model in (whole, other, detector.backbone):
         assert torch.equal(model.state_dict()[key], published.state_dict()[key])
     assert torch.equal(whole.head.fc.weight, published.head.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides"),
+    [
+        ("", {"stage_out_channels": ["112", 256, 384, 512]}),
+        ("", {"stage_out_channels": 5}),
+        ("", {"stage_out_channels": [1e9] * 4}),
+        ("", {"stage_out_channels": [10**9] * 4}),
+        ("", {"stage_conv_channels": [64, -1, 96, 112]}),
+        ("", {"stem_channels": [64]}),
+        ("", {"layers_per_block": "3"}),
+        ("", {"layers_per_block": 0}),
+        ("", {"layers_per_block": True}),
+        ("", {"deformable_stages": 3}),
+        ("", {"depthwise": "yes"}),
+        ("", {"identity": "no"}),
+        ("", {"identity": None}),
+        ("", {"attention": ["ese"]}),
+        ("", {"blocks_per_stage": (0, 0, 0, 0)}),
+        ("", {"blocks_per_stage": (1, 1)}),
+        ("faster_rcnn_", {"anchor_sizes": 5}),
+        ("faster_rcnn_", {"anchor_sizes": [32, 64, 128, 256, float("inf")]}),
+        ("faster_rcnn_", {"anchor_sizes": [32, 64, 128, 256, 10**400]}),
+        ("faster_rcnn_", {"anchor_ratios": ["x", 1, 2]}),
+        ("faster_rcnn_", {"anchor_ratios": [0, 1, 2]}),
+        ("faster_rcnn_", {"anchor_ratios": [True, 1, 2]}),
+        ("faster_rcnn_", {"rpn_positive_iou": 1.1}),
+        ("faster_rcnn_", {"nms_threshold": 5}),
+        ("fcos_", {"nms_threshold": "0.5"}),
+        ("fcos_", {"level_limits": [1, 2, 3]}),
+        ("fcos_", {"center_radius": -1.0}),
+        ("fcos_", {"neck_channels": 48}),
+        ("centermask_", {"mask_rois_per_image": 2.5}),
+    ],
+)
+def test_a_wrong_setting_is_named(kind: str, overrides: dict) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError) as caught:
+        create_model(kind + SMALL, overrides=overrides)
+    (name,) = overrides
+    assert f"{name}: expected" in str(caught.value)
+
+
+def test_lists_and_whole_numbers_are_settings_too() -> None:
+    overrides = {"stem_channels": [32, 32, 64], "anchor_ratios": [1, 2], "nms_threshold": 1}
+    with torch.device("meta"):
+        model = create_model(f"faster_rcnn_{SMALL}", overrides=overrides)
+    assert model.backbone.config.stem_channels == (32, 32, 64)
+    assert model.config.anchor_ratios == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(({"in_chans": value}, "in_chans: expected") for value in (0, "3", 3.0, 100_001)),
+        *(({"num_classes": value}, "num_classes: expected") for value in (-1, 2.5, 100_001)),
+        ({"name": f"fcos_{SMALL}", "num_classes": 0}, "num_classes: expected"),
+        *(({"drop_rate": value}, "drop_rate: expected") for value in (1, -0.1, "0", True)),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate: expected"),
+        *(
+            ({"features_only": True, "out_indices": value}, "out_indices: ")
+            for value in ("12", [1.0], [True], True, [], [5], 0, 6, 1.5)
+        ),
+        ({"name": ["x"]}, "expected a name"),
+        ({"output_stride": 32.0}, "output_stride"),
+        ({"overrides": [1]}, "overrides: expected"),
+        ({"overrides": {1: 2}}, "overrides: expected"),
+        (
+            {"name": f"fcos_{SMALL}", "num_classes": 3, "overrides": {"num_classes": 3}},
+            "got both",
+        ),
+        ({"overrides": {"norm": "gn", "stem_channels": [60, 64, 64]}}, "multiples of 16"),
+        (
+            {"name": f"mask_rcnn_{SMALL}", "overrides": {"head_norm": "gn", "neck_channels": 40}},
+            "multiples of 16",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(call: dict, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        create_model(**{"name": SMALL} | call)
+
+
+def test_a_number_of_maps_takes_the_last_ones() -> None:
+    with torch.device("meta"):
+        model = create_model(SMALL, features_only=True, out_indices=2)
+    assert model.feature_info.reduction() == [16, 32]

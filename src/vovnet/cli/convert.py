@@ -68,8 +68,11 @@ def convert_checkpoint(file: Path, *, leave_out: Sequence[str] = ()) -> Conversi
         conversion = replace(
             conversion, mean=_to_pixels(published.mean), std=_to_pixels(published.std)
         )
-    with torch.device("meta"):
-        model = create_model(conversion.architecture, **conversion.model_args)
+    try:
+        with torch.device("meta"):
+            model = create_model(conversion.architecture, **conversion.model_args)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     return check_fit(conversion, model.state_dict())
 
 
@@ -77,7 +80,7 @@ def write_model_folder(conversion: Conversion, folder: Path, *, source: Path) ->
     """Writes the converted model; raises ConfigError where it cannot be stored."""
     with source.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    config = build_config(conversion, source_name=source.name, sha256=sha256)
+    config = build_config(conversion, source_name=printable(source.name), sha256=sha256)
     arrays = {
         name: (value.float() if value.dtype is torch.bfloat16 else value).numpy()
         for name, value in conversion.tensors.items()
@@ -179,7 +182,7 @@ def to_text(conversion: Conversion, output: Path | None) -> str:
     table.add_row("mapped", str(len(report.mapped)), "")
     for kind, names in rows.items():
         more = [f"... {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-        table.add_row(kind, str(len(names)), "\n".join([*names[:SHOWN], *more]))
+        table.add_row(kind, str(len(names)), "\n".join([*map(printable, names[:SHOWN]), *more]))
     console = Console(width=max(100, Console().width), highlight=False, markup=False)
     with console.capture() as captured:
         for line in (
@@ -189,12 +192,28 @@ def to_text(conversion: Conversion, output: Path | None) -> str:
         ):
             console.print(line, soft_wrap=True)
         console.print(table)
-        for note in (*report.notes, *([f"written: {output}"] if output is not None else [])):
+        for note in (
+            *report.notes,
+            *([f"written: {printable(str(output))}"] if output is not None else []),
+        ):
             console.print(note, soft_wrap=True)
     return captured.get().rstrip()
 
 
+def printable(name: str) -> str:
+    """The name with everything escaped that UTF-8 does not have or Markdown's code marks end."""
+    return "".join(
+        char if char.isprintable() and char != "`" else f"\\u{ord(char):04x}" for char in name
+    )
+
+
 def _check_target(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(
+            f"to: expected a new or an empty folder, found a link to nothing, {folder}"
+        )
+    if folder.is_file():
+        raise ConfigError(f"to: expected a new or an empty folder, found the file {folder}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"to: expected a new or an empty folder, found {folder} with content")
 

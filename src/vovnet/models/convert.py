@@ -210,14 +210,22 @@ def mis_shaped(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tupl
 
 
 def not_finite(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names, with their type, that should hold finite floats of the model's shape and do not."""
+    """Names, with their type, that should hold finite floats of the model's type and shape and do
+    not; of a variance also those below 0.
+    """
     return tuple(
         f"{name} ({tensors[name].dtype})"
         for name in sorted(own.keys() & tensors.keys())
         # A wrong shape may stand for more numbers than there is memory.
         if own[name].is_floating_point() and own[name].shape == tensors[name].shape
-        if not (tensors[name].is_floating_point() and tensors[name].isfinite().all())
+        if not _holds_figures(name, tensors[name], own[name].dtype)
     )
+
+
+def _holds_figures(name: str, value: Tensor, dtype: torch.dtype) -> bool:
+    if not value.is_floating_point() or not value.to(dtype).isfinite().all():
+        return False
+    return not (name.endswith("running_var") and bool((value < 0).any()))
 
 
 def _match_patterns(names: Iterable[str], patterns: Sequence[str]) -> set[str]:

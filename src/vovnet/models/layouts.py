@@ -276,8 +276,13 @@ def is_released(layout: Layout) -> bool:
     return _RELEASED_STEM in layout.marks
 
 
+_LONGEST_NAME = 500  # of any network; Python refuses to read numbers of thousands of digits
+
+
 def apply_rules(rules: Rules, name: str) -> str | None:
     """The name that the first rule gives, or None where no rule matches the whole name."""
+    if len(name) > _LONGEST_NAME:
+        return None
     for pattern, template in rules:
         if (match := re.fullmatch(pattern, name)) is not None:
             groups = {

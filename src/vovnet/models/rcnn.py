@@ -26,6 +26,7 @@ from vovnet.models.boxes import (
 from vovnet.models.layers import HeadNorm, at_least_float32, make_conv
 from vovnet.models.roi import assign_levels_by_size, pool_regions
 from vovnet.models.rpn import STRIDES, RPNConfig, propose, rpn_loss
+from vovnet.models.settings import check_groups, check_settings
 
 MASK_SIZE = 28
 _BOX_REGION_SIZE = 7
@@ -57,11 +58,10 @@ class RCNNConfig(RPNConfig):
     max_detections: int = 100  # K
 
     def __post_init__(self) -> None:
-        if self.head_norm not in _BOX_LAYERS:
-            raise ConfigError(
-                f"model settings: head_norm: expected {' or '.join(_BOX_LAYERS)}, "
-                f"got {self.head_norm!r}"
-            )
+        check_settings(self)
+        if self.head_norm == "gn":
+            check_groups("neck_channels", [self.neck_channels], groups=16)
+            check_groups("box_conv_channels", [self.box_conv_channels], groups=16)
         if len(self.anchor_sizes) != len(STRIDES) or not self.anchor_ratios:
             raise ConfigError(
                 f"model settings: expected {len(STRIDES)} anchor_sizes and at least one of "

@@ -7,7 +7,7 @@ State-dict keys of timm's variants are timm's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from vovnet.models.layers import (
     make_conv3x3,
     resolve_indices,
 )
+from vovnet.models.settings import check_groups, check_settings
 
 AttentionPlace = Literal["last_block", "every_block"]
 Stem = Literal["code", "paper"]
@@ -37,7 +38,7 @@ Stem = Literal["code", "paper"]
 class VoVNetConfig:
     """The shape of one VoVNet; channels in order of depth, stages 2 to 5 of the papers.
 
-    Raises ConfigError on a choice that there is not.
+    Raises ConfigError on a setting of another type or range, and on a choice that there is not.
     """
 
     stem_channels: tuple[int, int, int] = (64, 64, 128)
@@ -54,11 +55,10 @@ class VoVNetConfig:
     deformable_stages: tuple[int, ...] = ()  # of 2 to 5: all 3x3 convolutions of their blocks
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_settings(self)
+        if self.norm in ("gn", "evonorm_s0"):
+            channels = (*self.stem_channels, *self.stage_conv_channels, *self.stage_out_channels)
+            check_groups("channels", channels, groups=16)
         if not set(self.deformable_stages) <= set(range(2, 6)):
             raise ConfigError(
                 f"deformable_stages: expected some of 2..5, got {self.deformable_stages}"
@@ -71,14 +71,6 @@ class VoVNetConfig:
         if stage + 2 in self.deformable_stages:
             return "deformable"
         return "depthwise" if self.depthwise else "plain"
-
-
-_CHOICES = {
-    "attention": get_args(Attention),
-    "attention_in": get_args(AttentionPlace),
-    "stem": get_args(Stem),
-    "norm": get_args(NormKind),
-}
 
 
 class OsaBlock(nn.Module):
@@ -214,7 +206,7 @@ class VoVNet(nn.Module):
         output_stride: int = 32,
     ) -> None:
         super().__init__()
-        if output_stride not in (8, 16, 32):
+        if type(output_stride) is not int or output_stride not in (8, 16, 32):
             raise ConfigError(f"output_stride: expected 8, 16 or 32, got {output_stride!r}")
         self.config = config
         self.num_classes = num_classes
@@ -353,7 +345,7 @@ class VoVNetFeatures(VoVNet):
         self,
         config: VoVNetConfig,
         *,
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         output_stride: int = 32,

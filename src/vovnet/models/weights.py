@@ -12,6 +12,7 @@ from warnings import warn
 
 import torch
 from huggingface_hub import constants, hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -188,15 +189,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
         raise ConfigError(
             f"weights {path}: expected named tensors alone, as torch.save(model.state_dict()) "
             "writes them, found a damaged file or Python objects, which are never loaded: they can "
             "run code"
-        ) from error
+        ) from None
     except Exception as error:  # a stranger's bytes may make a parser fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"weights {path}: cannot be read as plain tensors: {reason}") from error
+        # Not torch's own words: they advise to load what can run code.
+        reason = str(error) if isinstance(error, SafetensorError | _WrongArchiveError) else ""
+        reason = (reason or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"weights {path}: cannot be read as plain tensors: {reason}") from None
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -205,7 +208,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         _check_tensor(name, value, path)
-        tensors[name.removeprefix("module.")] = value.detach()
+        short = name.removeprefix("module.")
+        if short in tensors:
+            raise ConfigError(f"weights {path}: expected {short!r} once, found it also as {name!r}")
+        tensors[short] = value.detach().resolve_neg()
     stored = sum(value.nbytes for value in tensors.values())
     if stored > 2 * path.stat().st_size:  # twice: tied weights are stored once
         raise ConfigError(
@@ -215,15 +221,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class _WrongArchiveError(ValueError):
+    """A zip archive that torch.save did not write."""
+
+
 def _load_pickle(path: Path) -> object:
-    """The content of a .pth file. Raises ValueError on a zip archive that is larger inside."""
+    """The content of a .pth file. Raises _WrongArchiveError on a zip archive that is larger inside
+    or holds a program.
+    """
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"  # not is_zipfile, which looks at the end
     if is_archive:
         with zipfile.ZipFile(path) as archive:
             declared = sum(entry.file_size for entry in archive.infolist())
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise _WrongArchiveError("a TorchScript archive, which holds a program")
         if declared > path.stat().st_size:
-            raise ValueError(
+            raise _WrongArchiveError(
                 f"an archive that declares {declared} bytes in {path.stat().st_size}, "
                 "though torch compresses nothing"
             )

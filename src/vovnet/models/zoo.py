@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
-from sys import float_info
 from typing import Any, Literal
 
 from torch import nn
@@ -14,6 +13,7 @@ from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, MaskIoUHead
 from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
 from vovnet.models.fpn import FPN, PooledFPN
+from vovnet.models.layers import resolve_indices
 from vovnet.models.rcnn import (
     BoxHead,
     FasterRCNN,
@@ -23,6 +23,7 @@ from vovnet.models.rcnn import (
     RCNNConfig,
 )
 from vovnet.models.rpn import RPNHead
+from vovnet.models.settings import check_count, check_groups, check_settings
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
 from vovnet.models.weights import load_checkpoint, load_published, pretrained_cfg
 
@@ -41,8 +42,7 @@ DETECTORS: dict[str, DetectorConfig] = {
     "mask_rcnn": MaskRCNNConfig(),
     "mask_rcnn_lite": MaskRCNNConfig(neck_channels=128),
 }
-_LARGEST = float_info.max
-_MAX_COUNT = 100_000  # of classes, detections, channels: above it only memory runs out
+_MAPS = 5  # of a backbone: the stem's and the four stages'
 
 
 def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
@@ -67,6 +67,8 @@ def split_name(name: str) -> tuple[str | None, str]:
     """Detector (None for a classifier) and backbone of a name; raises ConfigError on an unknown
     one.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"model: expected a name, got {name!r}")
     if name in VARIANTS:
         return None, name
     for kind in DETECTORS:
@@ -84,7 +86,7 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int = 3,
     features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     checkpoint_path: str | Path | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -99,7 +101,7 @@ def create_model(
         num_classes: 1000 for classifiers, 80 for detectors when None; 0 leaves the classifier out.
         in_chans: channels of the input images.
         features_only: a backbone that returns the list of feature maps at out_indices.
-        out_indices: of the five maps with strides 2, 4, 8, 16, 32 (all when None).
+        out_indices: of the five maps with strides 2, 4, 8, 16, 32 (all when None; n: the last n).
         checkpoint_path: .safetensors, .pth or a model folder, of any layout that `vovnet convert`
             knows.
         drop_rate: of the classifier's input.
@@ -112,7 +114,14 @@ def create_model(
         ConfigError: on an unknown name or setting, or weights that do not fit.
     """
     kind, backbone_name = split_name(name)
-    backbone_config, settings = _apply_overrides(VARIANTS[backbone_name], dict(overrides or {}))
+    check_count("in_chans", in_chans)
+    if num_classes is not None:
+        check_count("num_classes", num_classes, least=0 if kind is None else 1)
+    _check_rate("drop_rate", drop_rate)
+    _check_rate("drop_path_rate", drop_path_rate)
+    if out_indices is not None:
+        _check_indices(out_indices)
+    backbone_config, settings = _apply_overrides(VARIANTS[backbone_name], overrides)
     if kind is not None:
         if features_only or out_indices is not None:
             raise ConfigError(f"features_only: expected a backbone, got the detector {name}")
@@ -151,11 +160,14 @@ def create_model(
 
 
 def _apply_overrides(
-    config: VoVNetConfig, overrides: dict[str, object]
+    config: VoVNetConfig, overrides: Mapping[str, object] | None
 ) -> tuple[VoVNetConfig, dict[str, object]]:
     """The backbone's config with its own settings applied, and the settings that are not
     its own.
     """
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(key, str) for key in overrides):
+        raise ConfigError(f"overrides: expected settings by name, got {overrides!r:.200}")
     names = {field.name for field in fields(config)}
     own: dict[str, Any] = {key: value for key, value in overrides.items() if key in names}
     return replace(config, **own), {k: v for k, v in overrides.items() if k not in names}
@@ -169,22 +181,22 @@ def _refuse_unknown(settings: Mapping[str, object], known: Sequence[Any]) -> Non
             raise ConfigError(f"model settings: expected one of {near}, got {key!r}")
 
 
-def _check_numbers(config: DetectorConfig) -> None:
-    """Raises ConfigError on a count that is none, or a number that is not finite or below 0."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(field.default, float):
-            limit = 1 if field.name.endswith("_fraction") else _LARGEST
-            right = isinstance(value, int | float) and 0 <= value <= limit
-            expected = "a number of at least 0" if limit > 1 else "a number in 0..1"
-        elif isinstance(field.default, int) or field.default is None:
-            optional = field.default is None and value is None
-            right = optional or (type(value) is int and 1 <= value <= _MAX_COUNT)
-            expected = f"a whole number in 1..{_MAX_COUNT}"
-        else:
-            continue
-        if not right:
-            raise ConfigError(f"model settings: {field.name}: expected {expected}, got {value!r}")
+def _check_rate(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ConfigError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+
+
+def _check_indices(indices: object) -> None:
+    """Raises ConfigError unless they choose some of the five feature maps."""
+    listed = [indices] if isinstance(indices, int) else indices
+    if not isinstance(listed, list | tuple | range) or any(type(i) is not int for i in listed):
+        raise ConfigError(f"out_indices: expected whole numbers, got {indices!r}")
+    if isinstance(indices, int) and not 1 <= indices <= _MAPS:
+        raise ConfigError(f"out_indices: expected 1..{_MAPS} as a number of maps, got {indices}")
+    try:
+        resolve_indices(indices, _MAPS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"out_indices: {error}") from error
 
 
 def _build_detector(
@@ -197,9 +209,11 @@ def _build_detector(
 ) -> nn.Module:
     _refuse_unknown(settings, fields(config))
     if num_classes is not None:
+        if "num_classes" in settings:
+            raise ConfigError("overrides: expected num_classes as an argument or here, got both")
         settings = settings | {"num_classes": num_classes}
     config = replace(config, **settings)
-    _check_numbers(config)
+    check_settings(config)
     family = _FAMILIES[type(config)]
     backbone = VoVNetFeatures(
         backbone_config,
@@ -211,6 +225,7 @@ def _build_detector(
 
 
 def _build_fcos(backbone: VoVNetFeatures, config: FCOSConfig) -> FCOS:
+    check_groups("neck_channels", [config.neck_channels], groups=32)
     neck = FPN(backbone.feature_info.channels(), out_channels=config.neck_channels)
     head = FCOSHead(config.neck_channels, config.num_classes, tower_convs=config.tower_convs)
     return FCOS(backbone, neck, head, config)
