@@ -44,6 +44,7 @@ ORDER = [
     "models.rcnn",
     "models.deploy",
     "models.layouts",
+    "models.rename",
     "models.convert",
     "models.weights",
     "models.zoo",

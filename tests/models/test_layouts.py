@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from tests.models.golden import BACKBONES
 from tests.models.restatement import PUBLISHED, Published, Weights, run
 from vovnet.errors import ConfigError
-from vovnet.models.convert import convert, rename
+from vovnet.models.convert import convert
 from vovnet.models.layers import (
     AtrousMaxPool,
     DeformableConvNormAct,
     adapt_input_channels,
     make_norm,
 )
+from vovnet.models.rename import rename
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig
 from vovnet.models.zoo import create_model
 

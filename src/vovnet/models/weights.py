@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vovnet.errors import ConfigError, DataError
 from vovnet.model_folder import CONFIG_FILE, WEIGHTS_FILE, ModelConfig, load_config
-from vovnet.models.convert import COUNTER, Renamed, mis_shaped, not_finite, rename
 from vovnet.models.layers import adapt_input_channels
 from vovnet.models.layouts import FIRST_CONV, is_released
+from vovnet.models.rename import COUNTER, Renamed, mis_shaped, not_finite, rename
 from vovnet.models.vovnet import VoVNet
 from vovnet.preprocess import Preprocess
 
