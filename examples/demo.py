@@ -5,7 +5,6 @@ Run by `make demo`. Options: --model FOLDER_OR_NAME, --repeats N, --threads N, -
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from vovnet.predict import Predictor
 from vovnet.predict_files import save_picture
 from vovnet.profiling.count import count_macs, count_parameters
 from vovnet.profiling.energy import measure_energy
-from vovnet.profiling.latency import summary
+from vovnet.profiling.stages import WHOLE, time_stages
 
 ASSETS = Path(__file__).parent.parent / "assets"
 IMAGE, LABELS = ASSETS / "nuclei.tif", ASSETS / "nuclei_mask.png"
@@ -58,31 +57,6 @@ def labelled_image() -> DetectionData:
     )
 
 
-def time_stages(predictor: Predictor, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each stage, `repeats` times over, after two runs to warm up."""
-    times: dict[str, list[float]] = {
-        "read and decode": [],
-        "preprocess": [],
-        "network": [],
-        "postprocess": [],
-    }
-    for repeat in range(repeats + 2):
-        marks = [time.perf_counter()]
-        image = read_image(IMAGE)
-        marks.append(time.perf_counter())
-        resized = predictor.preprocess.resize(image)
-        batch = predictor.preprocess.batch([resized])
-        marks.append(time.perf_counter())
-        raw = predictor.engine.infer(*batch)
-        marks.append(time.perf_counter())
-        predictor.postprocess(raw, 0, image_size=image.shape[:2], resized_size=resized.shape[:2])
-        marks.append(time.perf_counter())
-        if repeat >= 2:
-            for values, start, end in zip(times.values(), marks, marks[1:], strict=False):
-                values.append(end - start)
-    return times
-
-
 def print_accuracy(model: str, predictor: Predictor, data: DetectionData) -> None:
     """Counted against labelled objects, and AP50 at the model's own detection limit."""
     found = predictor(IMAGE)
@@ -100,11 +74,10 @@ def print_accuracy(model: str, predictor: Predictor, data: DetectionData) -> Non
 
 def print_cost(predictor: Predictor, repeats: int) -> None:
     """Time of each stage, FPS, MACs, parameters, energy."""
-    times = time_stages(predictor, repeats)
-    for stage, values in times.items():
-        print(f"{stage:<18}{summary(values).format()}")
-    whole = summary([sum(stages) for stages in zip(*times.values(), strict=True)])
-    print(f"{'all stages':<18}{whole.format()}")
+    times = time_stages(predictor, IMAGE, rounds=repeats)
+    for stage, timings in times.items():
+        print(f"{stage:<18}{timings.format()}")
+    whole = times[WHOLE]
     print(f"{'speed':<18}{1000 / whole.median_ms:.2f} images/s, {torch.get_num_threads()} threads")
     resized = predictor.preprocess.resize(read_image(IMAGE))
     batch = predictor.preprocess.batch([resized])
