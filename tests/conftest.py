@@ -1,4 +1,4 @@
-"""What tests of several modules share: a small model folder with random weights."""
+"""What tests of several modules share: small model folders with random weights."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 SMALL_DETECTOR = "centermask_lite_ese_vovnet19b_slim_dw"
+SMALL_CLASSIFIER = "ese_vovnet19b_slim_dw"
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,41 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         class_names=["cat", "dog"],
         category_ids=[7, 3],
         preprocess=Preprocess(scale=1.5).to_dict(),
+        licence="Apache-2.0",
+    )
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    save_model_folder(folder, config, tensors, card="# small\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of three classes, whose answers differ from image to image."""
+    return save_classifier(
+        tmp_path_factory.mktemp("models") / "classifier", class_names=["кот", "개", "bird"]
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network without classes."""
+    return save_classifier(tmp_path_factory.mktemp("models") / "backbone", class_names=[])
+
+
+def save_classifier(folder: Path, *, class_names: list[str]) -> Path:
+    torch.manual_seed(0)
+    model = create_model(SMALL_CLASSIFIER, num_classes=len(class_names))
+    if class_names:
+        torch.nn.init.normal_(model.head.fc.weight, std=30)
+    config = ModelConfig(
+        architecture=SMALL_CLASSIFIER,
+        model_args={"num_classes": len(class_names)},
+        task="classify",
+        class_names=class_names,
+        category_ids=list(range(len(class_names))),
+        preprocess=Preprocess(
+            short_side=72, max_long_side=None, crop_size=64, interpolation="bicubic"
+        ).to_dict(),
         licence="Apache-2.0",
     )
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}

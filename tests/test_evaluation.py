@@ -231,7 +231,7 @@ def test_no_predictions_and_no_objects():
     bare = replace(data, images=tuple(replace(image, annotations=()) for image in data.images))
     for predictions in ([], make_predictions(data)):
         metrics = evaluate_coco(bare, predictions, bootstrap=3)
-        assert math.isnan(metrics.main_ap())
+        assert math.isnan(metrics.main())
         assert metrics.to_dict()["mask"]["ap"] is None
         assert "AP n/a" in metrics.format()
 

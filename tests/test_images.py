@@ -583,3 +583,62 @@ def test_a_path_may_be_a_string(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (3, 2), (1, 2, 3)).save(path)
     assert read_image(str(path)).tolist() == [[[1, 2, 3]] * 3] * 2
+
+
+# Scaled decoding
+
+
+def smooth(width: int, height: int) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("size", "min_side", "expected"),
+    [
+        ((800, 600), 150, (300, 400)),  # half: 300 is twice 150
+        ((800, 600), 151, (600, 800)),
+        ((805, 600), 75, (150, 202)),  # a quarter, rounded up
+        ((804, 1206), 50, (151, 101)),  # an eighth at most
+        ((800, 600), 1, (75, 100)),
+        ((3, 3), 1, (3, 3)),
+    ],
+)
+def test_min_side_bounds_the_scale_of_a_jpeg(
+    size: tuple[int, int], min_side: int, expected: tuple[int, int]
+) -> None:
+    data = encode(smooth(*size), "JPEG", quality=90)
+    assert read_image(data, min_side=min_side).shape[:2] == expected
+    assert read_image(data).shape[:2] == size[::-1]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_min_side_changes_no_other_format(file_format: str) -> None:
+    data = encode(smooth(400, 300), file_format)
+    np.testing.assert_array_equal(read_image(data, min_side=20), read_image(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_scaled_decoding_shows_the_same_picture(mode: str) -> None:
+    data = encode(smooth(800, 600), "JPEG", mode, quality=95)
+    whole = Image.fromarray(read_image(data)).resize((200, 150), Image.Resampling.BICUBIC)
+    scaled = Image.fromarray(read_image(data, min_side=150)).resize((200, 150), Image.BICUBIC)
+    assert np.abs(np.array(whole, int) - np.array(scaled, int)).mean() < 1.5
+
+
+def test_scaled_decoding_turns_the_picture_too() -> None:
+    data = encode(smooth(800, 600), "JPEG", exif=orientation_tag(6))
+    assert read_image(data, min_side=75).shape[:2] == (200, 150)
+    # The annotations' size is that of the file, not of what was decoded.
+    kept = read_image(data, min_side=75, expected_size=(600, 800))
+    assert kept.shape[:2] == (150, 200)
+
+
+def test_min_side_keeps_the_limits_and_refuses_nonsense() -> None:
+    data = encode(smooth(800, 600), "JPEG")
+    with pytest.raises(ImageError, match="at most 1000 pixels"):
+        read_image(data, min_side=1, max_pixels=1000)
+    with pytest.raises(ImageError):
+        read_image(data[: len(data) // 2], min_side=1)
+    with pytest.raises(ValueError, match="min_side: expected at least 1, got 0"):
+        read_image(data, min_side=0)

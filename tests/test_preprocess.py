@@ -3,11 +3,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from vovnet.errors import ConfigError
 from vovnet.preprocess import Preprocess
+from vovnet.published import PUBLISHED, published_preprocess
 
 sides = st.integers(1, 20_000)
 
@@ -145,6 +149,7 @@ def test_batch_of_no_images_is_refused() -> None:
         Preprocess(),
         Preprocess(mean=(0.0, 1.0, 2.0), std=(1.0, 2.0, 3.0), scale=1.5, max_long_side=None),
         Preprocess(short_side=600, size_divisor=1),
+        Preprocess(short_side=256, crop_size=224, interpolation="bicubic"),
     ],
 )
 def test_round_trip_through_json(preprocess: Preprocess) -> None:
@@ -175,6 +180,10 @@ def test_round_trip_through_json(preprocess: Preprocess) -> None:
         ("size_divisor", 10**9),
         ("scale", 1e9),
         ("short_side", 10**9),
+        ("crop_size", 224),
+        ("crop_size", 0),
+        ("interpolation", "nearest"),
+        ("interpolation", None),
     ],
 )
 def test_from_dict_refuses_wrong_values(name: str, value: object) -> None:
@@ -211,3 +220,72 @@ def test_whole_numbers_are_taken_for_floats() -> None:
     preprocess = Preprocess.from_dict(values)
     assert (preprocess.scale, preprocess.mean) == (2.0, (0.0, 0.0, 0.0))
     assert isinstance(preprocess.scale, float)
+
+
+# Classifiers
+
+SIDES = [(375, 500), (500, 375), (256, 256), (256, 391), (257, 303), (97, 1200), (1, 1), (2, 900)]
+
+
+def picture(height: int, width: int) -> Image.Image:
+    """A picture with slow and fast changes, as a photograph has."""
+    smooth = Image.fromarray(noise(7, 9, seed=height)).resize((width, height), Image.BICUBIC)
+    return Image.blend(smooth, Image.fromarray(noise(height, width)), 0.3)
+
+
+@pytest.mark.parametrize("size", SIDES, ids=str)
+@pytest.mark.parametrize("test_size", [False, True])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_classifiers_see_what_timm_shows_them(
+    name: str, test_size: bool, size: tuple[int, int]
+) -> None:
+    image = picture(*size)
+    config = timm.get_pretrained_cfg(name).to_dict()
+    transform = create_transform(
+        **resolve_data_config(pretrained_cfg=config, use_test_size=test_size)
+    )
+    preprocess = published_preprocess(name, test_size=test_size)
+    mean, std = (np.array(v, np.float32) for v in (preprocess.mean, preprocess.std))
+    expected = transform(image).numpy().transpose(1, 2, 0) * std + mean  # grey levels
+    found = preprocess.resize(np.array(image))
+    assert found.shape == expected.shape
+    assert found.dtype == np.uint8
+    assert preprocess.output_size(*size) == found.shape[:2]
+    assert np.abs(found - expected).max() < 1.01
+
+
+def test_a_crop_is_taken_from_the_middle_without_a_resize() -> None:
+    image = noise(64, 90)
+    found = Preprocess(short_side=64, crop_size=40).resize(image)
+    np.testing.assert_array_equal(found, image[12:52, 25:65])
+    assert found.flags.writeable
+
+
+def test_interpolation_is_the_one_asked_for() -> None:
+    image = noise(50, 50)
+    found = Preprocess(short_side=30, max_long_side=None, interpolation="bicubic").resize(image)
+    expected = Image.fromarray(image).resize((30, 30), Image.BICUBIC)
+    np.testing.assert_array_equal(found, np.array(expected))
+
+
+def test_crops_need_no_padding() -> None:
+    preprocess = Preprocess(short_side=50, crop_size=45)
+    pixels, sizes = preprocess.batch([preprocess.resize(noise(60, 80))] * 2)
+    assert pixels.shape == (2, 45, 45, 3)
+    assert sizes.tolist() == [[45, 45]] * 2
+
+
+def test_a_crop_beyond_the_short_side_is_refused() -> None:
+    with pytest.raises(ConfigError, match="crop_size: expected at most the short_side, 64"):
+        Preprocess(short_side=64, crop_size=65)
+
+
+def test_an_extreme_aspect_needs_no_memory() -> None:
+    preprocess = Preprocess(short_side=256, max_long_side=None, crop_size=224)
+    assert preprocess.resize(noise(1, 60_000)).shape == (224, 224, 3)
+
+
+def test_folders_written_before_classifiers_are_read() -> None:
+    values = Preprocess(scale=2.0).to_dict()
+    del values["crop_size"], values["interpolation"]
+    assert Preprocess.from_dict(values) == Preprocess(scale=2.0)

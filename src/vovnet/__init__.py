@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from vovnet._lazy import ATTRIBUTES, load
 
 if TYPE_CHECKING:
+    from vovnet.classify import Classifier
     from vovnet.data.coco import load_coco
     from vovnet.drawing import draw_detections
     from vovnet.evaluation import evaluate_coco
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Classification",
+    "Classifier",
     "DeployGraph",
     "Detections",
     "Predictor",

@@ -7,6 +7,7 @@ import importlib
 
 ATTRIBUTES = {
     "Classification": "vovnet.results:Classification",
+    "Classifier": "vovnet.classify:Classifier",
     "DeployGraph": "vovnet.models.deploy:DeployGraph",
     "Detections": "vovnet.results:Detections",
     "Predictor": "vovnet.predict:Predictor",
@@ -24,6 +25,7 @@ COMMANDS = {
     "check": "vovnet.cli.check:check",
     "choose": "vovnet.cli.choose:choose",
     "convert": "vovnet.cli.convert:convert",
+    "convert-data": "vovnet.cli.convert_data:convert_data",
     "models": "vovnet.cli.models:models",
     "predict": "vovnet.cli.predict:predict",
     "profile": "vovnet.cli.profile:profile",

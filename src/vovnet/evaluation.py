@@ -60,7 +60,7 @@ class Metrics:
     count_score: float  # from this score up the images' counts are nearest to the labelled ones
     num_resamples: int = 0
 
-    def main_ap(self) -> float:
+    def main(self) -> float:
         """Mask AP where masks were evaluated, else box AP; nan where there is nothing to find."""
         return self.by_type["segm" if "segm" in self.by_type else "bbox"].ap
 
@@ -170,7 +170,7 @@ def _count_score(predictions: Sequence[Mapping[str, Any]], data: DetectionData) 
     the sum over all would let a few crowded images decide. Of equally good scores the middle one.
     """
     labelled = {
-        image.id: sum(not annotation.is_crowd for annotation in image.annotations)
+        image.id: sum(not annotation.is_ignored for annotation in image.annotations)
         for image in data.images
     }
     if not predictions or not any(labelled.values()):
@@ -196,6 +196,39 @@ def _evaluate(
     bootstrap: int,
     seed: int,
 ) -> AveragePrecision:
+    evaluator = run_pycocotools(truth, predictions, iou_type, max_detections)
+    precision: NDArray[np.float64] = evaluator.eval["precision"][..., 0]  # (T, R, K, A)
+    recall: NDArray[np.float64] = evaluator.eval["recall"][..., 0]  # (T, K, A)
+    thresholds = [round(float(value), 2) for value in evaluator.params.iouThrs]
+    low, high = thresholds.index(0.5), thresholds.index(0.75)
+    matches = _collect_matches(evaluator)
+    best_f1, best_f1_score = _best_f1(matches, low)
+    intervals = _intervals(matches, len(evaluator.params.imgIds), low, bootstrap, seed)
+    return AveragePrecision(
+        ap=mean_existing(precision[..., _ALL]),
+        ap50=mean_existing(precision[low, ..., _ALL]),
+        ap75=mean_existing(precision[high, ..., _ALL]),
+        ap_small=mean_existing(precision[..., _SMALL]),
+        ap_medium=mean_existing(precision[..., _MEDIUM]),
+        ap_large=mean_existing(precision[..., _LARGE]),
+        ar=mean_existing(recall[..., _ALL]),
+        ap_per_class=tuple(
+            mean_existing(precision[:, :, k, _ALL]) for k in range(precision.shape[2])
+        ),
+        best_f1=best_f1,
+        best_f1_score=best_f1_score,
+        ap_interval=intervals[0],
+        ap50_interval=intervals[1],
+    )
+
+
+def run_pycocotools(
+    truth: dict[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    iou_type: IouType,
+    max_detections: int,
+) -> Any:
+    """pycocotools' COCOeval after its accumulate(), of what to_coco_dict gave and COCO results."""
     # pycocotools finds annotations by id; in data put together from parts these may repeat.
     objects = [entry | {"id": i} for i, entry in enumerate(truth["annotations"], start=1)]
     results = [_result(entry, i, iou_type) for i, entry in enumerate(predictions, start=1)]
@@ -206,27 +239,7 @@ def _evaluate(
         evaluator.evaluateImg = partial(match_image, evaluator)
         evaluator.evaluate()
         evaluator.accumulate()
-    precision: NDArray[np.float64] = evaluator.eval["precision"][..., 0]  # (T, R, K, A)
-    recall: NDArray[np.float64] = evaluator.eval["recall"][..., 0]  # (T, K, A)
-    thresholds = [round(float(value), 2) for value in evaluator.params.iouThrs]
-    low, high = thresholds.index(0.5), thresholds.index(0.75)
-    matches = _collect_matches(evaluator)
-    best_f1, best_f1_score = _best_f1(matches, low)
-    intervals = _intervals(matches, len(evaluator.params.imgIds), low, bootstrap, seed)
-    return AveragePrecision(
-        ap=_mean(precision[..., _ALL]),
-        ap50=_mean(precision[low, ..., _ALL]),
-        ap75=_mean(precision[high, ..., _ALL]),
-        ap_small=_mean(precision[..., _SMALL]),
-        ap_medium=_mean(precision[..., _MEDIUM]),
-        ap_large=_mean(precision[..., _LARGE]),
-        ar=_mean(recall[..., _ALL]),
-        ap_per_class=tuple(_mean(precision[:, :, k, _ALL]) for k in range(precision.shape[2])),
-        best_f1=best_f1,
-        best_f1_score=best_f1_score,
-        ap_interval=intervals[0],
-        ap50_interval=intervals[1],
-    )
+    return evaluator
 
 
 def match_image(
@@ -306,8 +319,8 @@ def _result(prediction: Mapping[str, Any], number: int, iou_type: IouType) -> di
     return result | {"segmentation": segmentation, "area": area, "score": score}
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    """Mean of what exists; pycocotools writes -1 where there is nothing to find."""
+def mean_existing(values: NDArray[np.float64]) -> float:
+    """Mean of what exists, nan of nothing; pycocotools writes -1 where there is nothing to find."""
     existing = values[values > -1]
     return float(existing.mean()) if existing.size else math.nan
 

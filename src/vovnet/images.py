@@ -33,6 +33,7 @@ def read_image(
     page: int = 0,
     max_pixels: int = MAX_PIXELS,
     expected_size: tuple[int, int] | None = None,
+    min_side: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image to a writable uint8 array (H, W, 3), RGB, 0..255.
 
@@ -46,14 +47,22 @@ def read_image(
     (height, width) equals the stored and not the oriented size: then the annotations were made on
     the stored pixels.
 
+    `min_side` in pixels makes large JPEGs cheap: they are decoded at 1/2, 1/4 or 1/8 of their size
+    as long as the shorter side keeps at least twice `min_side`. A resize to `min_side` then gives
+    nearly the same pixels, not the same.
+
     Raises ImageError, one line with the file and the reason, for what is missing, truncated,
     unreadable or larger than `max_pixels`, which is checked before any pixel is decoded. Pillow's
     own limit, 2 * PIL.Image.MAX_IMAGE_PIXELS, holds besides.
     """
+    if min_side is not None and min_side < 1:
+        raise ValueError(f"min_side: expected at least 1, got {min_side}")
     file = Path(source) if isinstance(source, str) else source
     with _opened(file, page=page, max_pixels=max_pixels) as image:
         orientation = _orientation(image)
         keep_stored = expected_size is not None and _only_stored(image, orientation, expected_size)
+        if min_side is not None:
+            image.draft(image.mode, (2 * min_side, 2 * min_side))  # nothing on other formats
         pixels = _to_rgb(image)
         # Pillow itself orients TIFF, and only TIFF, while it decodes.
         applied = orientation if image.format == "TIFF" else _STORED_ORIENTATION
@@ -98,7 +107,7 @@ def find_images(source: str) -> list[Path]:
         found = [match for match in map(Path, _glob(source)) if _is_image_file(match)]
     if not found:
         raise DataError(
-            f"{_printable(source)}: expected an image file, a folder with images or a pattern that "
+            f"{printable(source)}: expected an image file, a folder with images or a pattern that "
             f"matches some ({', '.join(sorted(SUFFIXES))}), found none"
         )
     return sorted(found)
@@ -113,7 +122,7 @@ def _glob(pattern: str) -> list[str]:
 
 def _images_below(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise DataError(f"{_printable(error.filename)}: cannot be read ({error.strerror})")
+        raise DataError(f"{printable(error.filename)}: cannot be read ({error.strerror})")
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
@@ -132,7 +141,7 @@ def _opened(
     source: Path | bytes, *, page: int = 0, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
     """Open the header and turn whatever goes wrong until the end of the block into ImageError."""
-    name = "image bytes" if isinstance(source, bytes) else _printable(source)
+    name = "image bytes" if isinstance(source, bytes) else printable(source)
     try:
         with ExitStack() as stack:
             stack.enter_context(_pillow_warnings_ignored())
@@ -189,8 +198,8 @@ def _reason(error: Exception) -> str:
     return f"cannot be decoded ({text or type(error).__name__})"
 
 
-def _printable(name: str | bytes | Path) -> str:
-    """Return a file's name on one line, in characters that every terminal and log can take."""
+def printable(name: str | bytes | Path) -> str:
+    """Return a name on one line, in characters that every terminal and log can take."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

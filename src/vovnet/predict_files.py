@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vovnet.augmented_predict import PLAIN, View, predict_augmented
 from vovnet.drawing import draw_detections
 from vovnet.errors import ImageError
 from vovnet.files import atomic_path, atomic_write_json, atomic_write_text
@@ -40,6 +41,7 @@ def predict_files(
     save_pictures: bool = True,
     tile: int | None = None,
     overlap: int = 128,
+    views: Sequence[View] = (PLAIN,),
     on_image: Callable[[Path, Detections], None] = lambda path, found: None,
     on_error: Callable[[str], None] = lambda text: None,
 ) -> FilesReport:
@@ -47,7 +49,8 @@ def predict_files(
 
     results.json holds COCO results, results.jsonl a line per image with its id, file, page and
     objects; with save_pictures each image is drawn as PNG. tile and overlap in pixels (see
-    Predictor.tiled); tile None looks at the whole image at once. A file that cannot be read is
+    Predictor.tiled); tile None looks at the whole image at once, or in several views of which
+    predict_augmented merges the detections. A file that cannot be read is
     reported and passed over. Ctrl-C ends the run after what is done has been written.
     """
     report = FilesReport()
@@ -56,11 +59,11 @@ def predict_files(
     taken = {path.resolve() for path in paths}  # a picture never replaces what it was made from
     try:
         for path, page, image in _pages(paths, report, on_error):
-            found = (
-                predictor(image)
-                if tile is None
-                else predictor.tiled(image, tile=tile, overlap=overlap)
-            )
+            if tile is None:
+                limit = predictor.engine.max_detections
+                found = predict_augmented(predictor, image, views, max_detections=limit)
+            else:
+                found = predictor.tiled(image, tile=tile, overlap=overlap)
             report.images += 1
             report.objects += len(found)
             entry = {"image_id": report.images, "file": str(path), "page": page}

@@ -7,6 +7,7 @@ every engine does it alike; the numbers live here because they travel with the w
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,18 @@ from PIL import Image
 from .errors import ConfigError
 
 RGB = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic"]
 
 # Beyond these nothing but memory runs out.
 MAX_SIDE = 65_536
 MAX_SCALE = 100.0
 MAX_RESIZED_PIXELS = 2**30
+MAX_WHOLE_ASPECT = 4
+"""Of an image that is resized whole before its middle is cut out."""
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_ADDED = ("crop_size", "interpolation", "square")
+"""Fields that folders written before them lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,12 @@ class Preprocess:
     short_side        pixels the shorter side is resized to, or None for `scale`
     max_long_side     pixels the longer side may have after that, or None for no limit
     size_divisor      batches are padded to multiples of this many pixels
+    crop_size         side of the square that is cut from the middle after the resize, for
+                      classifiers, or None; needs `short_side`, and the two limits above count for
+                      nothing then
+    interpolation     of the resize: bilinear or bicubic, both antialiased
+    square            pixels that both sides are resized to, the aspect not kept, as SSD-type
+                      detectors do, or None; `max_long_side` counts for nothing then
     """
 
     mean: RGB = (123.675, 116.28, 103.53)
@@ -39,6 +53,9 @@ class Preprocess:
     short_side: int | None = None
     max_long_side: int | None = 1333
     size_divisor: int = 32
+    crop_size: int | None = None
+    interpolation: Interpolation = "bilinear"
+    square: int | None = None
 
     def __post_init__(self) -> None:
         _require(_is_rgb(self.mean), "mean", "three finite numbers", self.mean)
@@ -46,7 +63,7 @@ class Preprocess:
         _require(positive, "std", "three finite numbers above 0", self.std)
         allowed = _is_number(self.scale) and 0 < self.scale <= MAX_SCALE
         _require(allowed, "scale", f"a number above 0, at most {MAX_SCALE:g}", self.scale)
-        for name in ("short_side", "max_long_side"):
+        for name in ("short_side", "max_long_side", "crop_size", "square"):
             value = getattr(self, name)
             allowed = value is None or _is_count(value)
             _require(allowed, name, f"a whole number in 1..{MAX_SIDE}, or None", value)
@@ -54,14 +71,27 @@ class Preprocess:
         _require(allowed, "size_divisor", f"a whole number in 1..{MAX_SIDE}", self.size_divisor)
         allowed = self.short_side is None or self.scale == 1.0
         _require(allowed, "scale", "1.0 where short_side is set", self.scale)
+        allowed = self.crop_size is None or (
+            self.short_side is not None and self.crop_size <= self.short_side
+        )
+        expected = f"at most the short_side, {self.short_side}"
+        _require(allowed, "crop_size", expected, self.crop_size)
+        allowed = self.square is None or (self.short_side is None and self.scale == 1.0)
+        _require(allowed, "square", "None where short_side or scale is set", self.square)
+        names = get_args(Interpolation)
+        allowed = self.interpolation in names
+        _require(allowed, "interpolation", " or ".join(names), self.interpolation)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) in pixels that an image of this size is resized to.
+        """Return the (height, width) in pixels that an image of this size is resized, or resized
+        and cut, to.
 
         Raises ConfigError where that is more than MAX_RESIZED_PIXELS.
         """
         if height < 1 or width < 1:
             raise ValueError(f"image size: expected sides of at least 1, got {height} x {width}")
+        if self.crop_size is not None:
+            return self.crop_size, self.crop_size
         ratio = self.scale
         if self.short_side is not None:
             ratio = self.short_side / min(height, width)
@@ -69,6 +99,8 @@ class Preprocess:
         limit = math.inf if self.max_long_side is None else self.max_long_side
         ratio = min(ratio, limit / long_side)
         resized = _scaled(height, ratio), _scaled(width, ratio)
+        if self.square is not None:
+            resized = self.square, self.square
         if resized[0] * resized[1] > MAX_RESIZED_PIXELS:
             raise ConfigError(
                 f"preprocess: expected at most {MAX_RESIZED_PIXELS} pixels after the resize, "
@@ -77,17 +109,44 @@ class Preprocess:
         return resized
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize a uint8 (H, W, 3) RGB image to its `output_size`, bilinear and antialiased.
+        """Resize a uint8 (H, W, 3) RGB image to its `output_size`, and cut it where the model does.
 
         Returns the input itself when its size stays. Raises ValueError on another dtype or shape.
         """
         _check_image(image, "image")
         height, width = image.shape[:2]
+        if self.crop_size is not None:
+            return self._resize_and_crop(image)
         new_height, new_width = self.output_size(height, width)
         if (new_height, new_width) == (height, width):
             return image
         source = Image.fromarray(np.ascontiguousarray(image))
-        return np.array(source.resize((new_width, new_height), Image.Resampling.BILINEAR))
+        return np.array(source.resize((new_width, new_height), _FILTERS[self.interpolation]))
+
+    def _resize_and_crop(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The middle of the resized image.
+
+        The sizes and the place of the cut are those of torchvision's Resize and CenterCrop, which
+        timm's published accuracies were measured with.
+        """
+        assert self.short_side is not None
+        assert self.crop_size is not None
+        crop, resample = self.crop_size, _FILTERS[self.interpolation]
+        sides = image.shape[:2]
+        height, width = (side * self.short_side // min(sides) for side in sides)  # rounded down
+        top, left = round((height - crop) / 2), round((width - crop) / 2)
+        if (height, width) == sides:
+            return np.ascontiguousarray(image[top : top + crop, left : left + crop])
+        source = Image.fromarray(np.ascontiguousarray(image))
+        if max(height, width) <= MAX_WHOLE_ASPECT * self.short_side:
+            whole = np.asarray(source.resize((width, height), resample))
+            return whole[top : top + crop, left : left + crop].copy()
+        # The same without the parts that are cut away, which no memory may hold; Pillow rounds
+        # a little differently then.
+        horizontal, vertical = sides[1] / width, sides[0] / height
+        right, bottom = left + crop, top + crop
+        box = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
+        return np.array(source.resize((crop, crop), resample, box=box))
 
     def batch(
         self, images: Sequence[NDArray[np.uint8]]
@@ -95,16 +154,18 @@ class Preprocess:
         """Stack resized uint8 (H, W, 3) images, each at the top left of a common canvas.
 
         Returns pixels, uint8 (B, H, W, 3), zero outside the images, H and W the smallest
-        multiples of `size_divisor` that hold them all, and sizes, int64 (B, 2), the (height,
-        width) of each image. Raises ValueError on no image or on another dtype or shape.
+        multiples of `size_divisor` that hold them all (of 1 for a classifier), and sizes, int64
+        (B, 2), the (height, width) of each image. Raises ValueError on no image or on another
+        dtype or shape.
         """
         if not images:
             raise ValueError("images: expected at least one, got none")
         for index, image in enumerate(images):
             _check_image(image, f"images[{index}]")
         sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)  # (B, 2)
-        height, width = (-(-int(side) // self.size_divisor) for side in sizes.max(axis=0))
-        shape = (len(images), height * self.size_divisor, width * self.size_divisor, 3)
+        divisor = self.size_divisor if self.crop_size is None else 1
+        height, width = (-(-int(side) // divisor) * divisor for side in sizes.max(axis=0))
+        shape = (len(images), height, width, 3)
         pixels = np.zeros(shape, dtype=np.uint8)
         for canvas, image in zip(pixels, images, strict=True):
             canvas[: image.shape[0], : image.shape[1]] = image
@@ -119,12 +180,13 @@ class Preprocess:
     def from_dict(cls, value: Mapping[str, object]) -> "Preprocess":
         """Build from what `to_dict` gave.
 
+        A folder written before there were classifiers has no crop_size, interpolation or square.
         Raises ConfigError on an unknown or missing key and on a value of the wrong type or range.
         """
         if not isinstance(value, Mapping):
             raise ConfigError(f"preprocess: expected a mapping, got {type(value).__name__}")
         expected = [field.name for field in fields(cls)]
-        if set(value) != set(expected):
+        if set(value) | set(_ADDED) != set(expected):
             raise ConfigError(
                 f"preprocess: expected the keys {', '.join(expected)}, "
                 f"got {', '.join(sorted(map(str, value))) or 'none'}"
@@ -136,6 +198,9 @@ class Preprocess:
             short_side=_as_optional_int(value["short_side"], "short_side"),
             max_long_side=_as_optional_int(value["max_long_side"], "max_long_side"),
             size_divisor=_as_int(value["size_divisor"], "size_divisor"),
+            crop_size=_as_optional_int(value.get("crop_size"), "crop_size"),
+            interpolation=cast(Interpolation, value.get("interpolation", "bilinear")),
+            square=_as_optional_int(value.get("square"), "square"),
         )
 
 

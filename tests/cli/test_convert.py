@@ -17,7 +17,7 @@ from vovnet.cli import main as command_line
 from vovnet.model_folder import load_config
 from vovnet.models.weights import read_weights
 from vovnet.models.zoo import create_model
-from vovnet.training.build import build_detector, build_preprocess
+from vovnet.training.build import build_model, preprocess_fields
 from vovnet.training.config import TrainConfig
 
 DETECTORS = {
@@ -99,14 +99,14 @@ def test_the_backbone_of_a_detector_starts_a_training(
     training = TrainConfig(
         model="fcos_lite_ese_vovnet19_slim_d2", data="data", backbone_weights=str(folder)
     )
-    detector = build_detector(training, 2)
+    detector = build_model(training, 2)
     assert backbone.pretrained_cfg["std"] == (1 / 255, 1 / 255, 1 / 255)
     assert backbone.pretrained_cfg["license"].startswith("CC-BY-NC-4.0")
     weight = backbone.stem[0].conv.weight
     assert torch.equal(detector.backbone.stem[0].conv.weight, weight)
     original = golden_value("backbone.bottom_up.stem.stem_1/conv.weight", [64, 3, 3, 3])
     assert torch.equal(weight, original.float().flip(1))
-    assert build_preprocess(training).std == (1.0, 1.0, 1.0)
+    assert preprocess_fields(training)["std"] == [1.0, 1.0, 1.0]
 
 
 def test_what_has_no_place_is_named_and_nothing_is_written(

@@ -1,5 +1,6 @@
 """Augmentation: image, masks and boxes move together, samples repeat exactly, nothing is lost."""
 
+import hashlib
 import math
 import os
 import pickle
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -16,12 +19,19 @@ from vovnet.data.augment import (
     EvalDataset,
     TrainDataset,
     TrainItem,
-    TrainPreset,
     collate_train,
-    tight_boxes,
 )
 from vovnet.data.coco import find_split, load_coco
-from vovnet.data.labels import Annotation, DetectionData, ImageRecord, decode_masks
+from vovnet.data.labels import (
+    Annotation,
+    DetectionData,
+    ImageRecord,
+    decode_masks,
+    has_masks,
+)
+from vovnet.data.mixing import tight_boxes
+from vovnet.data.preset import TrainPreset
+from vovnet.data.ssd_augment import SSD_PRESET
 from vovnet.errors import ConfigError, DataError
 from vovnet.models.boxes import Target
 from vovnet.models.roi import BitmapMasks
@@ -34,6 +44,7 @@ COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
 PLAIN = TrainPreset(output_size=(64, 80), scale_range=(1.0, 1.0), horizontal_flip=0.0)
 WILD = replace(PLAIN, scale_range=(0.5, 2.5), horizontal_flip=0.5, vertical_flip=0.5)
 WILD = replace(WILD, quarter_turn=0.5)
+DIGESTS = ["?"]
 SHAPES = [(20, 15, 57, 48), (70, 10, 110, 31), (61, 50, 84, 85)]
 
 
@@ -136,16 +147,16 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
         return TrainDataset(data, Preprocess(), preset=preset, seed=seed, cache_bytes=cache_bytes)
 
     first, second = make(1), make(1, cache_bytes=0)
-    first.set_epoch(5)
+    first.set_place(5, 0.0)
     items = [first[index] for index in range(3)]
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    second.set_epoch(5)
+    second.set_place(5, 0.0)
     assert all(equal(second[index], items[index]) for index in (2, 0, 1))
     assert all(equal(first[index], items[index]) for index in (2, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert not equal(items[0], items[1])
-    second.set_epoch(6)
+    second.set_place(6, 0.0)
     assert not equal(second[0], items[0])
     assert not equal(make(2)[0], make(1)[0])
 
@@ -156,7 +167,7 @@ def test_workers_that_live_on_see_the_next_epoch(tmp_path: Path) -> None:
         train, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=collate_train
     )
     for epoch in (0, 1):
-        train.set_epoch(epoch)
+        train.set_place(epoch, 0.0)
         (batch,) = list(loader)
         assert torch.equal(batch.images, collate_train([train[0], train[1]]).images)
 
@@ -323,14 +334,6 @@ def test_a_broken_mask_names_file_and_annotation(tmp_path: Path) -> None:
         TrainDataset(data, Preprocess(), preset=preset)[0]
 
 
-def test_tight_boxes_of_touching_and_empty_masks() -> None:
-    masks = torch.zeros(3, 4, 6, dtype=torch.uint8)
-    masks[0] = 1
-    masks[1, 2, 3] = 1
-    assert tight_boxes(masks).tolist() == [[0, 0, 6, 4], [3, 2, 4, 3], [0, 0, 0, 0]]
-    assert tight_boxes(masks[:0]).shape == (0, 4)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -344,6 +347,10 @@ def test_tight_boxes_of_touching_and_empty_masks() -> None:
         ({"invert": "yes"}, r"augment.invert: expected 0..1.0, got 'yes'"),
         ({"invert": float("nan")}, "augment.invert"),
         ({"min_mask_pixels": 0}, "min_mask_pixels"),
+        ({"mosaic": 1.5}, r"augment.mosaic: expected 0..1.0, got 1.5"),
+        ({"geometry": "round"}, "augment.geometry: expected window or ssd, got 'round'"),
+        ({"output_scale_range": [0.5, 0.2]}, "augment.output_scale_range: expected 0 < low"),
+        ({"output_scale_range": 1}, "augment.output_scale_range: expected two numbers"),
         ({"flip": 0.5}, "expected some of output_size, .* got 'flip'"),
     ],
 )
@@ -360,6 +367,162 @@ def test_presets_from_lists() -> None:
 def test_negative_seed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seed"):
         TrainDataset(dataset(tmp_path, []), Preprocess(), preset=PLAIN, seed=-1)
+
+
+def test_settings_that_are_off_draw_nothing(tmp_path: Path) -> None:
+    """Samples are those of before there were mosaics: these numbers come from that code."""
+    data = dataset(tmp_path, shapes(), copies=4)
+    train = TrainDataset(data, Preprocess(), preset=replace(WILD, scale_range=(1.0, 1.0)), seed=7)
+    train.set_place(3, 0.0)
+    digests = []
+    for index in range(4):
+        image, target, _ = train[index]
+        digest = hashlib.sha256(image.numpy().tobytes())  # turned and flipped, not resampled
+        digest.update(target.boxes_xyxy.numpy().tobytes() + masks_of(target).numpy().tobytes())
+        digests.append(digest.hexdigest()[:8])
+    assert digests == DIGESTS
+
+
+def check_item(item: TrainItem, *, with_masks: bool) -> None:
+    """Boxes inside and not empty, one mask and one label for each, boxes around their masks."""
+    image, target, _ = item
+    height, width = image.shape[:2]
+    assert image.dtype == torch.uint8
+    assert image.is_contiguous()
+    assert len(target.labels) == len(target.boxes_xyxy)
+    for boxes in (target.boxes_xyxy, target.ignore_xyxy):
+        assert boxes.dtype == torch.float32
+        assert (boxes[:, :2] >= 0).all()
+        assert (boxes[:, 2:] <= torch.tensor([width, height])).all()
+        assert ((boxes[:, 2:] - boxes[:, :2]) > 0).all()
+    assert (target.masks is not None) == with_masks
+    if with_masks:
+        assert masks_of(target).shape == (len(target.labels), height, width)
+        assert torch.equal(tight_boxes(masks_of(target)), target.boxes_xyxy)
+
+
+MODES: dict[str, dict[str, object]] = {
+    "ssd": dict(SSD_PRESET),
+    "mosaic": {"mosaic": 1.0},
+    "mixup": {"mixup": 1.0},
+    "copy_paste": {"copy_paste": 1.0},
+    "all": {**SSD_PRESET, "mosaic": 0.5, "mixup": 0.5, "copy_paste": 0.5, "quarter_turn": 0.5},
+    "batch sizes": {"output_scale_range": (0.5, 2.0)},
+}
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> list[tuple[int, int, int, int, int, bool]]:
+    """Boxes anywhere in the image, on its border too, some of them crowds."""
+    made = []
+    for _ in range(draw(st.integers(0, 6))):
+        x1, y1 = draw(st.integers(0, WIDTH - 1)), draw(st.integers(0, HEIGHT - 1))
+        x2, y2 = draw(st.integers(x1 + 1, WIDTH)), draw(st.integers(y1 + 1, HEIGHT))
+        made.append((x1, y1, x2, y2, draw(st.integers(0, 2)), draw(st.booleans())))
+    return made
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(scene=scenes(), with_masks=st.booleans(), seed=st.integers(0, 99))
+def test_every_augmentation_keeps_boxes_and_masks_together(
+    tmp_path_factory: pytest.TempPathFactory,
+    mode: str,
+    scene: list[tuple[int, int, int, int, int, bool]],
+    with_masks: bool,
+    seed: int,
+) -> None:
+    made = [
+        annotation((x1, y1, x2, y2), label, with_mask=with_masks, crowd=crowd)
+        for x1, y1, x2, y2, label, crowd in scene
+    ]
+    data = dataset(tmp_path_factory.mktemp("scene"), made, copies=3)
+    preset = TrainPreset.from_dict({"output_size": (64, 96), **MODES[mode]})
+    if preset.copy_paste and not has_masks(data):
+        with pytest.raises(ConfigError, match="copy_paste"):
+            TrainDataset(data, Preprocess(), preset=preset)
+        return
+    train = TrainDataset(data, Preprocess(), preset=preset, seed=seed)
+    items = train.__getitems__([0, 2])
+    for item in items:
+        check_item(item, with_masks=train.with_masks)
+    again = TrainDataset(data, Preprocess(), preset=preset, seed=seed, cache_bytes=0)
+    assert all(equal(*pair) for pair in zip(items, again.__getitems__([0, 2]), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["ssd", "mosaic", "mixup", "copy_paste"])
+def test_objects_stay_on_their_colours(tmp_path: Path, mode: str) -> None:
+    data = dataset(tmp_path, shapes(), copies=4)
+    changes = {**MODES[mode], "photometric": 0.0, "scale_range": (0.8, 1.2)}
+    preset = TrainPreset.from_dict({"output_size": (96, 128), **changes})
+    train = TrainDataset(data, Preprocess(), preset=preset, seed=1)
+    seen = 0
+    for item in (train[index] for index in range(4)):
+        check_item(item, with_masks=True)
+        image, target, _ = item
+        least = 60 if mode == "mixup" else 127  # about half of the colour is left of each
+        for mask, label in zip(masks_of(target), target.labels.tolist(), strict=True):
+            inner = -torch.nn.functional.max_pool2d(-mask[None, None].float(), 5, 1, 2)[0, 0] > 0
+            if inner.any():
+                seen += 1
+                assert (image[..., label][inner] > least).float().mean() > 0.97
+    assert seen > 6
+
+
+def test_batches_of_one_size_that_changes(tmp_path: Path) -> None:
+    data = dataset(tmp_path, [annotation((0, 0, WIDTH, HEIGHT))], copies=12)
+    preset = replace(PLAIN, output_size=(64, 96), output_scale_range=(0.5, 2.0))
+    train = TrainDataset(data, Preprocess(scale=4.0), preset=preset)
+    batches = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    sizes = []
+    for batch in DataLoader(train, batch_sampler=batches, collate_fn=collate_train):
+        assert len(batch.sizes.unique(dim=0)) == 1
+        sizes.append(tuple(batch.sizes[0].tolist()))
+        assert all(side % 32 == 0 for side in sizes[-1])
+        assert 32 <= sizes[-1][0] <= 128
+        assert 48 <= sizes[-1][1] <= 192
+    assert len(set(sizes)) > 1
+    train.set_place(1, 0.0)
+    again = [tuple(train.__getitems__(batch)[0][0].shape[:2]) for batch in batches]
+    assert again != sizes
+
+
+def test_objects_grow_with_the_output(tmp_path: Path) -> None:
+    data = dataset(tmp_path, [annotation((10, 10, 40, 30))])
+    preset = replace(PLAIN, output_size=(96, 128), output_scale_range=(2.0, 2.0))
+    image, target, _ = TrainDataset(data, Preprocess(), preset=preset)[0]
+    assert image.shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    assert target.boxes_xyxy.tolist() == [[20, 20, 80, 60]]
+
+
+def test_a_thousand_objects_in_every_mode(tmp_path: Path) -> None:
+    corners = [(x, y) for y in range(0, HEIGHT - 2, 3) for x in range(0, WIDTH - 2, 3)][:1000]
+    data = dataset(tmp_path, [annotation((x, y, x + 3, y + 3)) for x, y in corners], copies=2)
+    for mode in MODES.values():
+        preset = TrainPreset.from_dict({"output_size": (96, 96), **mode})
+        check_item(TrainDataset(data, Preprocess(), preset=preset)[0], with_masks=True)
+
+
+def test_difficult_objects_are_ignored_not_learned(tmp_path: Path) -> None:
+    hard = replace(annotation((30, 20, 50, 40), 1), is_difficult=True)
+    data = dataset(tmp_path, [annotation((2, 2, 20, 30)), hard])
+    preset = replace(PLAIN, output_size=(HEIGHT, WIDTH))
+    _, target, _ = TrainDataset(data, Preprocess(), preset=preset)[0]
+    assert target.labels.tolist() == [0]
+    assert target.ignore_xyxy.tolist() == [[30, 20, 50, 40]]
+
+
+def test_ssd_leaves_out_what_has_its_centre_elsewhere(tmp_path: Path) -> None:
+    made = [annotation((x, 30, x + 20, 60), with_mask=False) for x in (0, 50, 100)]
+    data = dataset(tmp_path, made, copies=20)
+    preset = TrainPreset(output_size=(64, 64), geometry="ssd", horizontal_flip=0.0)
+    train = TrainDataset(data, Preprocess(), preset=preset)
+    counts = set()
+    for index in range(20):
+        image, target, _ = train[index]
+        assert image.shape == (64, 64, 3)
+        counts.add(len(target.labels))
+    assert len(counts) > 1
 
 
 @pytest.mark.parametrize(("name", "with_masks"), [("nuclei", True), ("bccd", False)])

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from vovnet.data.check import Report, check_dataset, describe, load_checked
-from vovnet.data.coco import Problem, ProblemKind, find_split
+from vovnet.data.coco import find_split, parse_files
+from vovnet.data.problems import Problem, ProblemKind
 from vovnet.errors import DataError
 
 DATA_DIR = Path(os.environ.get("VOVNET_DATA", "../shared/data"))
@@ -85,7 +86,7 @@ def broken(tmp_path: Path) -> Path:
 
 
 def test_names_each_problem_once(broken: Path) -> None:
-    report = check_dataset(broken, broken.parent)
+    report = check_dataset(parse_files(broken, broken.parent))
     kinds = ProblemKind
     of_images = {
         (p.kind, p.image_id, p.file)
@@ -112,7 +113,7 @@ def test_names_each_problem_once(broken: Path) -> None:
 
 
 def test_skip_bad_keeps_the_rest(broken: Path) -> None:
-    data, report = load_checked(broken, broken.parent, skip_bad=True)
+    data, report = load_checked(parse_files(broken, broken.parent), skip_bad=True)
     assert [record.path.name for record in data.images] == ["good.png", "turned.jpg", "stored.jpg"]
     assert [[a.id for a in record.annotations] for record in data.images] == [[1, 2, 5], [3], []]
     assert not report.is_good
@@ -120,7 +121,7 @@ def test_skip_bad_keeps_the_rest(broken: Path) -> None:
 
 def test_without_skip_bad_it_stops(broken: Path) -> None:
     with pytest.raises(DataError, match=r"labels\.json: 26 problems in 12 images") as caught:
-        load_checked(broken, broken.parent)
+        load_checked(parse_files(broken, broken.parent))
     lines = str(caught.value).splitlines()
     assert len(lines) == 13
     assert lines[-2] == "  ... and 16 more"
@@ -128,8 +129,8 @@ def test_without_skip_bad_it_stops(broken: Path) -> None:
 
 
 def test_headers_alone_show_all_but_broken_pixels(broken: Path) -> None:
-    full = check_dataset(broken, broken.parent)
-    headers = check_dataset(broken, broken.parent, read_pixels=False)
+    full = check_dataset(parse_files(broken, broken.parent))
+    headers = check_dataset(parse_files(broken, broken.parent), read_pixels=False)
     gone = set(full.problems) - set(headers.problems)
     assert [problem.file for problem in gone] == ["cut.png"]
     assert set(headers.problems) < set(full.problems)
@@ -138,7 +139,7 @@ def test_headers_alone_show_all_but_broken_pixels(broken: Path) -> None:
 def test_good_data_has_no_problem(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     path = write(tmp_path, [image(1, "a.png")], [annotation(1)])
-    data, report = load_checked(path, tmp_path)
+    data, report = load_checked(parse_files(path, tmp_path))
     assert report.is_good
     assert report.summary() == f"{path}: 0 problems in 1 images with 1 annotations"
     assert len(data.images[0].annotations) == 1
@@ -147,20 +148,20 @@ def test_good_data_has_no_problem(tmp_path: Path) -> None:
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path, [image(1, "a.png")], [])
     with pytest.raises(DataError, match="expected a usable image, got none"):
-        load_checked(path, tmp_path, skip_bad=True)
+        load_checked(parse_files(path, tmp_path), skip_bad=True)
 
 
 def test_a_file_that_is_no_annotation_file_stops_either_way(tmp_path: Path) -> None:
     path = tmp_path / "labels.json"
     path.write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
-        load_checked(path, tmp_path, skip_bad=True)
+        load_checked(parse_files(path, tmp_path), skip_bad=True)
 
 
 def test_names_that_files_cannot_have(tmp_path: Path) -> None:
     names = ["x" * 300 + ".png", "a\nb\x1b[31m.png", "ü\u202e.png"]
     path = write(tmp_path, [image(i, name) for i, name in enumerate(names)], [])
-    report = check_dataset(path, tmp_path)
+    report = check_dataset(parse_files(path, tmp_path))
     assert len(report.problems) == 3
     for problem in report.problems:
         assert describe(problem).isprintable()
@@ -185,4 +186,4 @@ def test_json_of_a_report_says_all() -> None:
 def test_real_data_is_good(name: str, split: str) -> None:
     if not (DATA_DIR / name).is_dir():
         pytest.skip(f"needs {name} in the folder that VOVNET_DATA names ({DATA_DIR})")
-    assert check_dataset(*find_split(DATA_DIR / name, split)).problems == ()
+    assert check_dataset(parse_files(*find_split(DATA_DIR / name, split))).problems == ()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from vovnet.data.coco import MAX_OUTLINE, Problem, find_split, load_coco, parse_coco, to_coco_dict
+from vovnet.data.coco import MAX_OUTLINE, find_split, load_coco, parse_coco, to_coco_dict
 from vovnet.data.labels import Annotation, decode_mask, decode_masks, rle_runs
+from vovnet.data.problems import Problem
 from vovnet.errors import DataError
 
 DATA_DIR = Path(os.environ.get("VOVNET_DATA", "../shared/data"))

@@ -225,7 +225,7 @@ def test_a_grey_image_gives_the_same_map_by_one_channel_or_by_three() -> None:
     [
         ({"attention": "cbam"}, "attention: expected one of none, ese, eca, se, got 'cbam'"),
         ({"norm": "ln"}, "norm: expected one of bn, frozen_bn, gn, evonorm_s0, got 'ln'"),
-        ({"stem": "v2"}, "stem: expected one of code, paper"),
+        ({"stem": "v2"}, "stem: expected one of code, paper, small"),
         ({"attention_in": "all"}, "attention_in: expected one of last_block, every_block"),
         ({"deformable_stages": (1,)}, r"expected some of 2\.\.5, got \(1,\)"),
         ({"deformable_stages": (5,), "depthwise": True}, "expected none in a depthwise network"),
@@ -242,3 +242,16 @@ def test_a_wrong_output_stride_is_refused(arguments: dict) -> None:
         create_model("vovnet27_slim", output_stride=4, **arguments)
     with pytest.raises(ConfigError, match="expected 32 in a detector, got 16"):
         create_model("fcos_vovnet27_slim", output_stride=16)
+
+
+def test_the_small_stem_keeps_twice_the_resolution():
+    small, usual = (
+        create_model("ese_vovnet19b_slim_dw", features_only=True, overrides={"stem": stem}).eval()
+        for stem in ("small", "code")
+    )
+    assert small.feature_info.reduction() == [1, 2, 4, 8, 16]
+    with torch.no_grad():
+        sizes = [tuple(m.shape[2:]) for m in small(torch.zeros(1, 3, 28, 28))]
+        expected = [tuple(m.shape[2:]) for m in usual(torch.zeros(1, 3, 56, 56))]
+    assert sizes == expected
+    assert sizes[:3] == [(28, 28), (14, 14), (7, 7)]

@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 
 from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask
+from vovnet.models.dsod import DSOD
 from vovnet.models.fcos import FCOS
 from vovnet.models.rcnn import FasterRCNN, MaskRCNN
+from vovnet.models.refinedet import RefineDet
 from vovnet.models.vovnet import VARIANTS
 from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
 from vovnet.models.zoo import create_model, list_models, split_name, task_of
@@ -35,6 +37,8 @@ def test_every_backbone_and_every_detector_can_be_built() -> None:
         ("centermask_lite", CenterMask, [8, 16, 32]),
         ("faster_rcnn", FasterRCNN, [4, 8, 16, 32]),
         ("mask_rcnn_lite", MaskRCNN, [4, 8, 16, 32]),
+        ("refinedet", RefineDet, [8, 16, 32]),
+        ("dsod", DSOD, [8, 16]),
     ],
 )
 def test_a_name_says_the_network(kind: str, network: type, strides: list[int]) -> None:

@@ -99,9 +99,9 @@ def test_a_cut_file_is_named(tmp_path, keep):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"format_version": 2}, "expected a training checkpoint of format 1, found 2"),
+        ({"format_version": 1}, "expected a training checkpoint of format 2, found 1"),
         ({"weight": torch.ones(1)}, "found None"),
-        ({"format_version": 1, "model": {}}, r"expected the keys \['config', .*found"),
+        ({"format_version": 2, "model": {}}, r"expected the keys \['config', .*found"),
         ([1, 2], "expected a mapping, found list"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_higher_layer_chooses_the_kind_of_limit(tmp_path, lower, flags, expect
         ({"epochs": 3, "max_minutes": 5}, "expected one of epochs and max_minutes, found both"),
         ({"warmup_steps": 3, "warmup_fraction": 0.1}, "warmup_fraction and warmup_steps"),
         ({"batch_siez": 3}, "command line: .*'batch_siez'; did you mean 'batch_size'"),
-        ({"qqqqq": 3}, "'qqqqq'; known: model, "),
+        ({"qqqqq": 3}, "'qqqqq'; known: task, model, "),
         ({"batch_size": 0}, "batch_size: expected greater than or equal to 1, found 0"),
         ({"optimizer": "lion"}, "optimizer: expected 'sgd' or 'adamw', found 'lion'"),
         ({"learning_rate": "fast"}, "learning_rate: expected .*number.*found 'fast'"),

@@ -1,12 +1,14 @@
 import os
 import signal
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training.toy import ToyDataset, ToyTraining
+from vovnet.data.augment import collate_train
 from vovnet.errors import TrainingError
 from vovnet.training.checkpoint import (
     Checkpoint,
@@ -22,15 +24,17 @@ from vovnet.training.loop import (
     autocast_dtype,
     computes_bf16,
     count_batches,
-    epoch_batches,
+    endless_batches,
     epoch_order,
 )
 from vovnet.training.step import total_loss
+from vovnet.training.world import World
 
 # Newer Pythons warn when a process with threads forks, which is how the loader's processes start.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
+ALONE = World()
 
 
 def save(training: ToyTraining, path: Path) -> None:
@@ -55,6 +59,21 @@ def restore(training: ToyTraining, path: Path) -> None:
     training.optimizer.load_state_dict(checkpoint.optimizer)
     training.position = checkpoint.position
     restore_random_states(checkpoint.random_states)
+
+
+def batches_of(dataset: ToyDataset, batch_size: int, *, workers: int = 0, world: World = ALONE):
+    """The batches of a training from its start on."""
+    return endless_batches(
+        dataset,
+        collate_train,
+        lambda epoch: epoch_order(len(dataset), seed=0, epoch=epoch),
+        position=Position(),
+        batch_size=batch_size,
+        progress_at=lambda epoch, batch: (3 * epoch + batch) / 10,
+        workers=workers,
+        seed=0,
+        world=world,
+    )
 
 
 def assert_equal_states(a: object, b: object) -> None:
@@ -112,8 +131,7 @@ def test_workers_do_not_change_the_training():
 
 def test_done_batches_are_not_loaded_again():
     training = ToyTraining()
-    for _ in training.batches(4, 2):
-        pass
+    list(islice(training.batches(Position(epoch=4, batch=2)), 1))
     assert training.dataset.loaded == epoch_order(10, seed=training.seed, epoch=4)[6:9]
 
 
@@ -130,9 +148,27 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 def test_batches_are_whole_or_the_only_one(images, size, expected):
     assert count_batches(images, size) == expected
     dataset = ToyDataset(images)
-    loader = epoch_batches(dataset, epoch=0, first_batch=0, batch_size=size, seed=0, workers=0)
-    batches = list(loader)
-    assert [len(batch.paths) for batch in batches] == [min(size, images)] * expected
+    batches = list(islice(batches_of(dataset, size), expected + 1))
+    assert [len(batch.paths) for batch in batches] == [min(size, images)] * (expected + 1)
+    assert dataset.epoch == 1  # of the last one
+
+
+def test_processes_share_each_batch():
+    whole = [batch.paths for batch in islice(batches_of(ToyDataset(9), 4), 5)]
+    parts = [
+        [batch.paths for batch in islice(batches_of(ToyDataset(9), 4, world=World(rank, 2)), 5)]
+        for rank in range(2)
+    ]
+    for paths, first, second in zip(whole, *parts, strict=True):
+        assert paths == [path for pair in zip(first, second, strict=True) for path in pair]
+
+
+def test_samples_are_told_how_far_the_training_is():
+    dataset = ToyDataset(9)
+    told = []
+    for _ in islice(batches_of(dataset, 3), 5):
+        told.append(round(dataset.progress, 3))
+    assert told == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
 def test_positions_and_learning_rates():
@@ -242,8 +278,7 @@ class SignalDataset(ToyDataset):
 
 
 def test_loading_processes_ignore_ctrl_c():
-    loader = epoch_batches(SignalDataset(), epoch=0, first_batch=0, batch_size=2, seed=0, workers=1)
-    for batch in loader:
+    for batch in islice(batches_of(SignalDataset(), 2, workers=1), 3):
         assert batch.images[:, 0, 0, :2].eq(1).all()
 
 

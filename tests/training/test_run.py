@@ -105,7 +105,7 @@ def finished(data_dir, tmp_path_factory) -> TrainResult:
 def plain_records(folder: Path) -> list[dict]:
     records = read_records(folder / "metrics.jsonl")
     for record in records:
-        for name in ("images_per_s", "eta_s", "spent_s"):
+        for name in ("images_per_s", "waiting_for_data", "eta_s", "spent_s"):
             record.pop(name, None)
     return records
 
@@ -118,7 +118,15 @@ def test_a_run_leaves_all_that_it_should(finished):
     records = read_records(finished.run_dir / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
     assert [r["step"] for r in records if r["kind"] == "eval"] == [2, 3]
-    train_keys = {"losses", "learning_rate", "images_per_s", "eta_s", "epoch", "spent_s"}
+    train_keys = {
+        "losses",
+        "learning_rate",
+        "images_per_s",
+        "waiting_for_data",
+        "eta_s",
+        "epoch",
+        "spent_s",
+    }
     assert train_keys <= records[0].keys()
     assert records[-1]["metrics"]["max_detections"] == 20
     with Image.open(finished.run_dir / "curves.png") as image:
@@ -176,7 +184,9 @@ def test_a_resumed_run_must_be_the_same(data_dir, finished):
     ("changes", "message"),
     [
         ({"model_overrides": {"norm": "frozen_bn"}}, "expected bn or gn .* found 'frozen_bn'"),
-        ({"model": "ese_vovnet19b_slim"}, "expected a detector or segmenter"),
+        ({"task": "detect"}, "model: expected one to detect, got .* one to segment"),
+        ({"teacher": "nuclei"}, "teacher: expected none for a model to segment, got 'nuclei'"),
+        ({"freeze": 2}, "freeze: expected weights to keep .* random ones to freeze 2 parts of"),
         ({"augment": {"hju": 1}}, "augment"),
         ({"preprocess": {"scael": 1}}, "preprocess"),
         ({"device": "abacus"}, "device: expected cpu, cuda, cuda:N or auto, found 'abacus'"),

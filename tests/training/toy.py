@@ -5,13 +5,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vovnet.data.augment import TrainBatch
+from vovnet.data.augment import collate_train
 from vovnet.models.boxes import Target
 from vovnet.models.layers import Normalize
 from vovnet.training.checkpoint import Position
-from vovnet.training.loop import Budget, Schedule, count_batches, epoch_batches, train_steps
+from vovnet.training.loop import (
+    Budget,
+    Schedule,
+    count_batches,
+    endless_batches,
+    epoch_order,
+    train_steps,
+)
 from vovnet.training.optim import Ema, build_optimizer
-from vovnet.training.step import LossStep
+from vovnet.training.step import DetectorStep
 
 
 class ToyDetector(nn.Module):
@@ -44,8 +51,8 @@ class ToyDataset:
         self.epoch = -1
         self.loaded: list[int] = []
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_place(self, epoch: int, progress: float) -> None:
+        self.epoch, self.progress = epoch, progress
 
     def __len__(self) -> int:
         return self.length
@@ -75,7 +82,7 @@ class ToyTraining:
     ) -> None:
         torch.manual_seed(self.seed)
         self.detector = ToyDetector()
-        self.loss_step = LossStep(self.detector, Normalize((128.0,) * 3, (64.0,) * 3))
+        self.loss_step = DetectorStep(self.detector, Normalize((128.0,) * 3, (64.0,) * 3))
         self.optimizer = build_optimizer(
             self.detector, "sgd", learning_rate=learning_rate, momentum=0.9, weight_decay=1e-4
         )
@@ -90,22 +97,25 @@ class ToyTraining:
             budget=Budget(total_steps=total_steps),
         )
 
-    def batches(self, epoch: int, first_batch: int) -> "torch.utils.data.DataLoader[TrainBatch]":
-        return epoch_batches(
+    def batches(self, position: Position) -> "torch.utils.data.DataLoader[object]":
+        return endless_batches(
             self.dataset,
-            epoch=epoch,
-            first_batch=first_batch,
+            collate_train,
+            lambda epoch: epoch_order(len(self.dataset), seed=self.seed, epoch=epoch),
+            position=position,
             batch_size=self.batch_size,
-            seed=self.seed,
+            progress_at=lambda epoch, batch: 0.0,
             workers=self.workers,
+            seed=self.seed,
         )
 
     def steps(self, *, clip_norm: float | None = 1.0, autocast_dtype: torch.dtype | None = None):
         return train_steps(
             self.loss_step,
+            self.detector,
             self.optimizer,
             self.ema,
-            batches_of=self.batches,
+            batches=self.batches(self.position),
             batches_per_epoch=count_batches(len(self.dataset), self.batch_size),
             position=self.position,
             schedule=self.schedule,

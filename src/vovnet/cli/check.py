@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vovnet.data.check import check_dataset
-from vovnet.data.coco import find_split
+from vovnet.data.formats import check_split
 
 
-def check(data: Path, splits: Sequence[str], as_json: bool) -> int:
+def check(data: Path, splits: Sequence[str], format: str, as_json: bool) -> int:
     """Prints every problem of the splits; 3 if there is one."""
-    reports = {split: check_dataset(*find_split(data, split)) for split in splits}
+    reports = {split: check_split(data, split, format=format) for split in splits}
     if as_json:
         print(json.dumps({split: report.to_json() for split, report in reports.items()}))
     else:

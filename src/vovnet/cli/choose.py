@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vovnet.data.coco import find_split
+from vovnet.data.formats import require_split
 from vovnet.errors import ConfigError
 from vovnet.model_folder import bundled_models
 from vovnet.models.zoo import list_models
@@ -74,8 +74,8 @@ def choose(
         image=image,
     )
     check_settings(settings)
-    if data_dir is not None:
-        find_split(data_dir, split)
+    if data_dir is not None and task != "classify":
+        require_split(data_dir, split)
     counted = _count_architectures(task, architectures, settings)
     profiles: list[Profile] = []
     candidates = []
@@ -121,7 +121,7 @@ def _measure(
     try:
         profile = profile_targets([target], settings)
         accuracy = profile.models[0].accuracy
-        if data_dir is not None and task != "classify" and target.path is not None:
+        if data_dir is not None and target.path is not None:
             accuracy = measure_accuracy(
                 target.path, data_dir, split=split, engine=settings.engine, device=settings.device
             )

@@ -17,15 +17,18 @@ from vovnet.errors import ConfigError, DataError
 from vovnet.model_folder import ModelConfig, save_model_folder
 from vovnet.models.convert import Conversion, check_fit
 from vovnet.models.convert import convert as convert_tensors
-from vovnet.models.weights import PUBLISHED, read_weights
+from vovnet.models.weights import read_weights
 from vovnet.models.zoo import create_model, task_of
 from vovnet.preprocess import Preprocess
+from vovnet.published import PUBLISHED, published_preprocess
 
 SHOWN = 8  # names of each kind in the printed report; --json has all
 
 # Short side and long side in pixels that the released detectors were measured at.
 FULL_SIZES = (800, 1333)
 CENTERMASK_LITE_SIZES = (600, 1000)
+# Resize and middle crop of VoVNet.pytorch's own test.
+IMAGENET_RESIZE, IMAGENET_CROP = 256, 224
 
 
 def convert(file: Path, folder: Path, leave_out: Sequence[str], as_json: bool) -> int:
@@ -110,11 +113,19 @@ def build_config(conversion: Conversion, *, source_name: str, sha256: str) -> Mo
 
 
 def build_preprocess(conversion: Conversion) -> Preprocess:
-    """The size rule that the released detectors were measured with, and the layout's mean and
-    std.
+    """The size rule that the released detectors, or ImageNet's classifiers, were measured with, and
+    the layout's mean and std.
     """
+    if conversion.layout.name == "timm" and conversion.architecture in PUBLISHED:
+        return published_preprocess(conversion.architecture)
     if conversion.layout.detector is None:
-        return Preprocess(mean=conversion.mean, std=conversion.std)
+        return Preprocess(
+            mean=conversion.mean,
+            std=conversion.std,
+            short_side=IMAGENET_RESIZE,
+            max_long_side=None,
+            crop_size=IMAGENET_CROP,
+        )
     short_side, long_side = FULL_SIZES
     if conversion.architecture.startswith("centermask_lite"):
         short_side, long_side = CENTERMASK_LITE_SIZES

@@ -22,13 +22,21 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="A model folder, or the name of a bundled model.")]
 Data = Annotated[
-    Path, typer.Option(help="Data set: annotations/SPLIT.json (COCO) and images beside it.")
+    Path, typer.Option(help="Data set: a folder in COCO, Pascal VOC or YOLO format, see --format.")
+]
+DataFormat = Annotated[
+    str, typer.Option("--format", help="auto, coco, voc or yolo; auto: the one that lies there.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[
     int | None, typer.Option(min=1, help="Objects per image; default: the model's own limit.")
+]
+
+TestTimeViews = Annotated[
+    str | None,
+    typer.Option("--tta", help="Detector: merge further views, such as flip,0.8,1.25,flip*0.8."),
 ]
 
 
@@ -93,10 +101,30 @@ def check(
     split: Annotated[
         list[str] | None, typer.Option(help="Split to look at; repeatable; default: train, val.")
     ] = None,
+    format: DataFormat = "auto",
     json: Json = False,
 ) -> None:
     """Name every bad file and annotation of a data set; exit code 3 if there is one."""
-    _call("check", data, split or ["train", "val"], json)
+    _call("check", data, split or ["train", "val"], format, json)
+
+
+@app.command("convert-data")
+def convert_data(
+    data: Data,
+    to: Annotated[str, typer.Option(help="coco, voc or yolo.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not hold anything.")],
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="Split to convert; repeatable; default: train, val and test."),
+    ] = None,
+    format: DataFormat = "auto",
+    link: Annotated[
+        bool, typer.Option("--link/--copy", help="Link to the image files, or copy them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write a data set in another format, nothing lost: COCO, Pascal VOC or YOLO."""
+    _call("convert-data", data, to, output, split or [], format, link, json)
 
 
 @app.command()
@@ -119,6 +147,9 @@ def train(
         Path | None,
         typer.Option(help="Data set: annotations/{train,val}.json (COCO), images beside it."),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="classify, detect or segment; default: what the model does.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="One of `vovnet models`.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Settings of a published run.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
@@ -128,8 +159,24 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the square crops to train on.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from published ImageNet weights.")
+    ] = False,
+    freeze: Annotated[
+        int | None, typer.Option(help="Parts that stay as loaded: 1 the stem, 2 stage 2 too, ...")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Classifier to learn from: a model folder, timm:NAME, torchvision:NAME (@FILE) or "
+            "FILE.py:FUNCTION."
+        ),
+    ] = None,
     backbone_weights: Annotated[
-        str | None, typer.Option(help="FILE with ImageNet weights, or 'hub'.")
+        str | None, typer.Option(help="FILE with ImageNet weights, or 'hub' (--pretrained).")
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Model folder or bundled model to start from.")
@@ -147,16 +194,24 @@ def train(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave bad files and annotations out.")
     ] = False,
+    format: Annotated[
+        str | None, typer.Option(help="Of the data set: auto, coco, voc or yolo.")
+    ] = None,
 ) -> None:
     """Train on a folder of labelled images; settings: flags over --config over --recipe."""
     flags = {
         "data": None if data is None else str(data),
+        "data_format": format,
+        "task": task,
         "model": model,
         "epochs": epochs,
         "max_minutes": max_minutes,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
-        "backbone_weights": backbone_weights,
+        "image_size": image_size,
+        "freeze": freeze,
+        "teacher": teacher,
+        "backbone_weights": backbone_weights or ("hub" if pretrained else None),
         "init": init,
         "device": device,
         "workers": workers,
@@ -172,40 +227,84 @@ def val(
     model: Model,
     data: Data,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
+    format: DataFormat = "auto",
     max_detections: MaxDetections = None,
     bootstrap: Annotated[int, typer.Option(min=0, help="Resamples for the intervals.")] = 200,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
+    engine: Annotated[str, typer.Option(help="auto, or the engine to run on.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for a classifier's pictures and predictions.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave bad files and annotations out.")
+    ] = False,
+    metric: Annotated[
+        str | None, typer.Option(help="Detector: coco, voc07 or voc12; default: coco.")
+    ] = None,
+    tta: TestTimeViews = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Detector: write a page of figures, curves and errors.")
+    ] = None,
 ) -> None:
-    """Measure box and mask AP of a model on a labelled split."""
-    _call("val", model, data, split, max_detections, bootstrap, device, threads, json)
+    """Measure a model on a labelled split: box and mask AP, or accuracy of a classifier."""
+    run_on = (device, threads, json, engine, precision, output, skip_bad)
+    detector = (max_detections, metric, tta, html)
+    _call("val", model, data, split, format, bootstrap, *run_on, detector)
 
 
 @app.command()
 def predict(
-    model: Model,
+    model: Annotated[
+        str, typer.Option(help="A model folder, a bundled model, or published ImageNet weights.")
+    ],
     source: Annotated[str, typer.Option(help="A file, a folder, or a quoted pattern.")],
     output: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: runs/predict/NAME-N.")
     ] = None,
-    save: Annotated[bool, typer.Option(help="Draw and save pictures.")] = True,
+    save: Annotated[
+        bool | None, typer.Option("--save/--no-save", help="Detector: draw and save pictures.")
+    ] = None,
     score_threshold: Annotated[
         list[str] | None,
-        typer.Option(help="Least score, or NAME=SCORE for one class; repeatable."),
+        typer.Option(help="Detector: least score, or NAME=SCORE for one class; repeatable."),
     ] = None,
     max_detections: MaxDetections = None,
-    tile: Annotated[int | None, typer.Option(min=32, help="Look at tiles of this side.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=32, help="Detector: look at tiles of this side.")
+    ] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that tiles share; default: 128 at most.")
+    ] = None,
+    tta: TestTimeViews = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Classifier: classes per image; default: 5.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Classifier: write embeddings, to a .npz or .parquet file.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Classifier: images at once; default: 8, GPU 64.")
+    ] = None,
+    fast_decode: Annotated[
+        bool | None,
+        typer.Option("--fast-decode", help="Classifier: read large JPEGs at a smaller size."),
+    ] = None,
+    test_size: Annotated[
+        bool | None,
+        typer.Option("--test-size", help="Published weights: the larger size of their test."),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Find objects in images; writes pictures, COCO results and JSON lines."""
-    arguments = (model, source, output, save, score_threshold or [], max_detections)
-    _call("predict", *arguments, tile, overlap, device, threads, json)
+    """Find objects in images, or name their classes; writes pictures, tables and JSON lines."""
+    common = (model, source, output, device, threads, json)
+    detector = (save, score_threshold or None, max_detections, tile, overlap, tta)
+    classifier = (top, features, batch_size, fast_decode, test_size)
+    _call("predict", *common, detector, classifier)
 
 
 @app.command()

@@ -8,8 +8,8 @@ from rich.table import Table
 from vovnet.errors import ConfigError
 from vovnet.model_folder import bundled_models, load_config
 from vovnet.models.vovnet import VARIANTS
-from vovnet.models.weights import PUBLISHED
 from vovnet.models.zoo import list_models, split_name, task_of
+from vovnet.published import PUBLISHED
 
 TASKS = ("classify", "detect", "segment")
 
@@ -45,6 +45,37 @@ COSTS: dict[str, tuple[int, int]] = {
 }
 """Parameters, and macs at 224 x 224, of a classifier of 1000 classes."""
 
+STAGE_5_PARAMETERS: dict[str, int] = {
+    "vovnet39a": 11_362_688,
+    "vovnet57a": 17_433_152,
+    "ese_vovnet19b_slim_dw": 716_880,
+    "ese_vovnet19b_dw": 2_856_608,
+    "ese_vovnet19b_slim": 1_245_856,
+    "ese_vovnet19b": 4_979_008,
+    "ese_vovnet39b": 12_412_288,
+    "ese_vovnet57b": 18_482_752,
+    "ese_vovnet99b": 18_482_752,
+    "eca_vovnet39b": 11_362_693,
+    "ese_vovnet39b_evos": 12_416_576,
+    "vovnet27_slim": 1_324_128,
+    "vovnet39": 11_362_688,
+    "vovnet57": 17_433_152,
+    "vovnet27_slim_paper": 1_324_128,
+    "vovnet39_paper": 11_362_688,
+    "vovnet57_paper": 17_433_152,
+    "ese_vovnet19_slim_dw_d2": 716_880,
+    "ese_vovnet19_dw_d2": 2_856_608,
+    "ese_vovnet19_slim_d2": 1_245_856,
+    "ese_vovnet19_d2": 4_979_008,
+    "ese_vovnet39_d2": 13_461_888,
+    "ese_vovnet57_d2": 20_581_952,
+    "ese_vovnet99_d2": 20_581_952,
+    "ese_vovnet39_dcn_d2": 14_333_070,
+    "ese_vovnet57_dcn_d2": 21_919_829,
+    "ese_vovnet99_dcn_d2": 21_919_829,
+}
+"""Parameters of a backbone's last stage, which DSOD does without."""
+
 DETECTOR_PARTS: dict[str, tuple[int, int, int]] = {
     "fcos": (8_461_658, 8_166_746, 8_166_746),
     "fcos_lite": (1_722_586, 1_575_130, 1_575_130),
@@ -54,6 +85,8 @@ DETECTOR_PARTS: dict[str, tuple[int, int, int]] = {
     "faster_rcnn_lite": (8_952_224, 8_786_336, 8_788_384),
     "mask_rcnn": (20_560_624, 20_228_848, 20_232_944),
     "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752),
+    "refinedet": (34_708_548, 30_252_100, 30_252_100),
+    "dsod": (10_910_188, 9_961_452, 9_961_452),
 }
 """Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128."""
 
@@ -108,8 +141,10 @@ def count_parameters(name: str) -> int:
     if kind is None:
         return parameters
     widths = VARIANTS[backbone].stage_out_channels
-    classifier = 1000 * (widths[-1] + 1)
-    return parameters - classifier + DETECTOR_PARTS[kind][_STAGE_2_WIDTHS.index(widths[0])]
+    unused = 1000 * (widths[-1] + 1)  # the classifier
+    if kind == "dsod":
+        unused += STAGE_5_PARAMETERS[backbone]
+    return parameters - unused + DETECTOR_PARTS[kind][_STAGE_2_WIDTHS.index(widths[0])]
 
 
 def to_text(described: list[dict[str, object]], bundled: dict[str, dict[str, str]]) -> str:

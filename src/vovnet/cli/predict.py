@@ -4,78 +4,136 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeRemainingColumn
 
+from vovnet.augmented_predict import PLAIN, parse_views
+from vovnet.classify import Classifier, is_classifier
+from vovnet.classify_files import ClassifiedImage, classify_files
 from vovnet.errors import ConfigError
 from vovnet.files import new_run_dir
-from vovnet.images import find_images
+from vovnet.images import find_images, printable
 from vovnet.model_folder import resolve_model
 from vovnet.predict import Predictor
 from vovnet.predict_files import predict_files, return_large_blocks
+from vovnet.published import find_published
+
+TOP = 5
+_FILE_COLUMNS, _CLASS_COLUMNS = 60, 24
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorOptions:
+    """What only a detector takes; None where it was not given."""
+
+    save: bool | None
+    score_threshold: Sequence[str] | None
+    max_detections: int | None
+    tile: int | None
+    overlap: int | None
+    tta: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierOptions:
+    """What only a classifier takes; None where it was not given."""
+
+    top: int | None
+    features: Path | None
+    batch_size: int | None
+    fast_decode: bool | None
+    test_size: bool | None
+
+
+@dataclass(slots=True)
+class Run:
+    """A run with its bar; `signals` holds what ended it."""
+
+    progress: Progress
+    task: TaskID
+    started_s: float
+    signals: list[int]
+
+    def exit_code(self, *, interrupted: bool, errors: Sequence[str]) -> int:
+        """3 when a file could not be read, 130 and 143 after a signal."""
+        if interrupted:
+            return 128 + self.signals[0] if self.signals else 130
+        return 3 if errors else 0
 
 
 def predict(
     model: str,
     source: str,
     output: Path | None,
-    save: bool,
-    score_thresholds: Sequence[str],
-    max_detections: int | None,
-    tile: int | None,
-    overlap: int | None,
     device: str,
     threads: int | None,
     as_json: bool,
+    detector: tuple[
+        bool | None, Sequence[str] | None, int | None, int | None, int | None, str | None
+    ],
+    classifier: tuple[int | None, Path | None, int | None, bool | None, bool | None],
 ) -> int:
-    """Predicts and writes; 3 when a file could not be read, 130 and 143 after a signal."""
+    """Predicts and writes; 3 when a file could not be read, 130 and 143 after a signal.
+
+    detector and classifier are the fields of DetectorOptions and ClassifierOptions.
+    """
+    if output is not None and output.exists() and not output.is_dir():
+        raise ConfigError(f"output: expected a folder, found the file {output}")
+    common = (model, source, output, device, threads, as_json)
+    if is_classifier(model):
+        _refuse(DetectorOptions(*detector), model, "a classifier")
+        return classify(*common, ClassifierOptions(*classifier))
+    _refuse(ClassifierOptions(*classifier), model, "a detector")
+    return detect(*common, DetectorOptions(*detector))
+
+
+def detect(
+    model: str,
+    source: str,
+    output: Path | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    options: DetectorOptions,
+) -> int:
+    """Finds objects; writes pictures, COCO results and JSON lines."""
+    tile, overlap = options.tile, options.overlap
     if overlap is None:
         overlap = 128 if tile is None else min(128, tile // 4)
     if tile is not None and overlap >= tile:
         raise ConfigError(f"overlap: expected less than the tile's {tile} pixels, got {overlap}")
-    if output is not None and output.exists() and not output.is_dir():
-        raise ConfigError(f"output: expected a folder, found the file {output}")
+    if tile is not None and options.tta is not None:
+        raise ConfigError("expected one of --tile and --tta, got both")
+    views = (PLAIN,) if options.tta is None else parse_views(options.tta)
     return_large_blocks()
     paths = find_images(source)
     predictor = Predictor.load(
         model,
         device=device,
         threads=threads,
-        score_threshold=_parse_thresholds(score_thresholds),
-        max_detections=max_detections,
+        score_threshold=_parse_thresholds(options.score_threshold or []),
+        max_detections=options.max_detections,
     )
-    if output is None:
-        output = new_run_dir(Path("runs/predict"), resolve_model(model).resolve().name)
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    started_s = time.perf_counter()
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("predict", total=len(paths))
+    output = _make_output(output, model)
+    with _started(len(paths)) as run:
         report = predict_files(
             predictor,
             paths,
             output,
-            save_pictures=save,
+            save_pictures=options.save is not False,
             tile=tile,
             overlap=overlap,
-            on_image=lambda path, found: progress.advance(task),
-            on_error=lambda text: print(f"vovnet: {text}", file=sys.stderr),
+            views=views,
+            on_image=lambda path, found: run.progress.advance(run.task),
+            on_error=_print_error,
         )
-    signal.signal(signal.SIGTERM, previous)
-    seconds = time.perf_counter() - started_s
+    seconds = time.perf_counter() - run.started_s
     summary = {
         "output": str(output),
         "images": report.images,
@@ -90,9 +148,115 @@ def predict(
             f"{report.objects} objects in {report.images} images, "
             f"{report.images / seconds:.2f} images/s, {len(report.errors)} bad files: {output}"
         )
-    if report.interrupted:
-        return 128 + received[0] if received else 130
-    return 3 if report.errors else 0
+    return run.exit_code(interrupted=report.interrupted, errors=report.errors)
+
+
+def classify(
+    model: str,
+    source: str,
+    output: Path | None,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    options: ClassifierOptions,
+) -> int:
+    """Prints the top classes of each image; writes them, and embeddings where asked for."""
+    paths = find_images(source)
+    classifier = Classifier.load(
+        model, device=device, threads=threads, test_size=bool(options.test_size)
+    )
+    # A backbone writes nothing but its features.
+    if classifier.class_names or options.features is None:
+        output = _make_output(output, model)
+    width = min(max(len(printable(path)) for path in paths), _FILE_COLUMNS)
+
+    def show(image: ClassifiedImage) -> None:
+        run.progress.advance(run.task)
+        if image.top and not as_json:
+            print(_line(image, width))
+
+    with _started(len(paths)) as run:
+        report = classify_files(
+            classifier,
+            paths,
+            output or Path(),
+            top=options.top or TOP,
+            batch_size=options.batch_size,
+            features=options.features,
+            fast_decode=bool(options.fast_decode),
+            on_image=show,
+            on_error=_print_error,
+        )
+    seconds = time.perf_counter() - run.started_s
+    written = [str(path) for path in (output, options.features) if path is not None]
+    summary = {
+        "output": None if output is None else str(output),
+        "features": None if options.features is None else str(options.features),
+        "images": len(report.images),
+        "errors": report.errors,
+        "seconds": round(seconds, 3),
+        "predictions": [image.to_json(i) for i, image in enumerate(report.images, start=1)],
+    }
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        count = len(report.images)
+        speed = f"{count / seconds:.2f} images/s"
+        bad = f"{len(report.errors)} bad files"
+        print(f"{count} images, {speed}, {bad}: {', '.join(written)}", file=sys.stderr)
+    return run.exit_code(interrupted=report.interrupted, errors=report.errors)
+
+
+def _refuse(options: DetectorOptions | ClassifierOptions, model: str, what: str) -> None:
+    """Raises ConfigError where an option is given that means nothing for this model."""
+    given = [field.name for field in fields(options) if getattr(options, field.name) is not None]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{model}: expected no {flags}, which {what} does not have")
+
+
+def _make_output(output: Path | None, model: str) -> Path:
+    if output is None:
+        is_name = find_published(model) is not None
+        name = model if is_name else resolve_model(model).resolve().name
+        return new_run_dir(Path("runs/predict"), name)
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+@contextmanager
+def _started(count: int) -> Iterator[Run]:
+    """A bar on the terminal, and SIGTERM as KeyboardInterrupt, until the end of the block."""
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    started_s = time.perf_counter()
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    bar = Progress(
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what goes to a pipe would go to the bar
+    )
+    with bar as progress:
+        yield Run(progress, progress.add_task("predict", total=count), started_s, received)
+    signal.signal(signal.SIGTERM, previous)
+
+
+def _line(image: ClassifiedImage, width: int) -> str:
+    """File, page after the first, and the classes with their probabilities, in columns."""
+    page = f" [{image.page + 1}]" if image.page else ""
+    cells = [f"{share:.3f} {printable(name):<{_CLASS_COLUMNS}}" for name, share in image.top]
+    return f"{printable(image.file) + page:<{width}}  {'  '.join(cells)}".rstrip()
+
+
+def _print_error(text: str) -> None:
+    print(f"vovnet: {text}", file=sys.stderr)
 
 
 def _parse_thresholds(texts: Sequence[str]) -> float | dict[str, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vovnet.data.coco import find_split
+from vovnet.data.formats import require_split
 from vovnet.errors import ConfigError
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, bundled_models
@@ -98,8 +98,8 @@ def profile(
     kept += [] if image is None else [image]
     _check_outputs(outputs, kept, [*targets, *([reference] if reference else [])])
     check_settings(settings)
-    if data_dir is not None:
-        find_split(data_dir, split)
+    if data_dir is not None and any(target.task != "classify" for target in targets):
+        require_split(data_dir, split)
     accuracies = _accuracies(targets, data_dir, split, settings)
     measured = profile_targets(
         [*([reference] if reference else []), *targets],
@@ -180,7 +180,7 @@ def _accuracies(
             target.path, data_dir, split=split, engine=settings.engine, device=settings.device
         )
         for target in targets
-        if target.kind == "folder" and target.task != "classify" and target.path is not None
+        if target.kind == "folder" and target.path is not None
     }
 
 

@@ -1,50 +1,64 @@
 """`vovnet val`."""
 
-import json
-from itertools import chain
 from pathlib import Path
 
-from vovnet.data.check import load_checked
-from vovnet.data.coco import find_split
-from vovnet.data.labels import has_masks
+from vovnet.classify import is_classifier
+from vovnet.cli.val_classes import val_classes
+from vovnet.cli.val_detections import DetectorOptions, val_detections
 from vovnet.errors import ConfigError
-from vovnet.evaluation import IouType, evaluate_coco, predict_images
-from vovnet.predict import Predictor
 
 
 def val(
     model: str,
     data_dir: Path,
     split: str,
-    max_detections: int | None,
+    format: str,
     bootstrap: int,
     device: str,
     threads: int | None,
     as_json: bool,
+    engine: str,
+    precision: str,
+    output: Path | None,
+    skip_bad: bool,
+    detector: tuple[int | None, str | None, str | None, Path | None],
 ) -> int:
-    """Prints box and mask AP with the detection limit and intervals."""
-    data, _ = load_checked(*find_split(data_dir, split), read_pixels=False)
-    predictor = Predictor.load(
+    """Prints the AP of detectors and the accuracy of classifiers.
+
+    detector are the fields of DetectorOptions.
+    """
+    if is_classifier(model):
+        if any(value is not None for value in detector) or format != "auto":
+            raise ConfigError(
+                f"{model}: expected none of --max-detections, --format, --metric, --tta and "
+                "--html, for it is a classifier"
+            )
+        return val_classes(
+            model,
+            data_dir,
+            split,
+            bootstrap=bootstrap,
+            engine=engine,
+            precision=precision,
+            device=device,
+            threads=threads,
+            output=output,
+            skip_bad=skip_bad,
+            as_json=as_json,
+        )
+    if output is not None:
+        raise ConfigError(f"{model}: expected no --output, for it is no classifier")
+    return val_detections(
         model,
+        data_dir,
+        split,
+        DetectorOptions(*detector),
+        format=format,
+        bootstrap=bootstrap,
+        engine=engine,
+        precision=precision,
         device=device,
         threads=threads,
-        score_threshold=0.0,  # AP ranks all that the detector finds
-        max_detections=max_detections,
+        skip_bad=skip_bad,
+        as_json=as_json,
     )
-    if predictor.class_names != data.class_names:
-        raise ConfigError(
-            f"{data_dir}: expected the model's classes {', '.join(predictor.class_names)}, "
-            f"found {', '.join(data.class_names)}"
-        )
-    iou_types: tuple[IouType, ...] = ("bbox",)
-    if has_masks(data) and predictor.engine.has_masks:
-        iou_types = ("bbox", "segm")
-    metrics = evaluate_coco(
-        data,
-        list(chain.from_iterable(predict_images(predictor, data))),
-        iou_types=iou_types,
-        max_detections=predictor.engine.max_detections,
-        bootstrap=bootstrap,
-    )
-    print(json.dumps(metrics.to_dict()) if as_json else metrics.format())
-    return 0

@@ -1,8 +1,8 @@
 """What the network sees: random windows, flips, colours in training; else only the resize."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from vovnet.data.labels import Annotation, DetectionData, ImageRecord, decode_mask, has_masks
+from vovnet.data.mixing import (
+    Picture,
+    join_mosaic,
+    mix_pictures,
+    mosaic_quarters,
+    paste_objects,
+    place_on_canvas,
+    tight_boxes,
+    visible_masks,
+)
+from vovnet.data.preset import TrainPreset
+from vovnet.data.ssd_augment import FILL_RGB, distort_colours, resize_randomly
+from vovnet.data.windows import Window, random_window, ssd_window
 from vovnet.errors import ConfigError, DataError
 from vovnet.images import read_image
 from vovnet.models.boxes import Target
@@ -28,84 +41,10 @@ BATCH_DIVISOR = 32
 DEFAULT_CACHE_BYTES = 512 * 1024**2
 _OVERHEAD_BYTES = 256  # of the objects around the pixels, which are few in a small mask
 
-# The largest value of each probability and strength; the smallest is 0.
-_LIMITS = {
-    "horizontal_flip": 1.0,
-    "vertical_flip": 1.0,
-    "quarter_turn": 1.0,
-    "brightness": 1.0,
-    "contrast": 1.0,
-    "saturation": 1.0,
-    "hue": 0.5,
-    "grayscale": 1.0,
-    "invert": 1.0,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPreset:
-    """Random changes of a training image; raises ConfigError on a value out of range.
-
-    output_size         height and width of the crop that the network gets
-    scale_range         lowest and highest resize factor, relative to the evaluation's resize
-    horizontal_flip, vertical_flip, quarter_turn, grayscale, invert    probabilities
-    brightness, contrast, saturation    factors are drawn from 1 - value .. 1 + value
-    hue                 largest turn of the colour circle, of at most 0.5
-    min_mask_pixels     objects of which fewer pixels are left in the crop are dropped
-    """
-
-    output_size: tuple[int, int] = (256, 256)
-    scale_range: tuple[float, float] = (0.75, 1.33)
-    horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    quarter_turn: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    grayscale: float = 0.0
-    invert: float = 0.0
-    min_mask_pixels: int = 4
-
-    def __post_init__(self) -> None:
-        sizes = (*_pair(self.output_size, "output_size"), self.min_mask_pixels)
-        if not all(isinstance(value, int) and value >= 1 for value in sizes):
-            raise ConfigError(
-                "augment: expected whole numbers of at least 1 as output_size and "
-                f"min_mask_pixels, got {self.output_size!r} and {self.min_mask_pixels!r}"
-            )
-        low, high = _pair(self.scale_range, "scale_range")
-        if not (_is_number(low) and _is_number(high) and 0 < low <= high < math.inf):
-            raise ConfigError(
-                f"augment.scale_range: expected 0 < low <= high, got {self.scale_range!r}"
-            )
-        for name, limit in _LIMITS.items():
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= limit):
-                raise ConfigError(f"augment.{name}: expected 0..{limit}, got {value!r}")
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "TrainPreset":
-        """The defaults with these fields changed; raises ConfigError on an unknown field."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise ConfigError(f"augment: expected some of {', '.join(known)}, got {unknown[0]!r}")
-        # YAML and JSON have lists only.
-        changes: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
-        }
-        return replace(cls(), **changes)
-
-
-def _pair(value: object, name: str) -> tuple[Any, Any]:
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ConfigError(f"augment.{name}: expected two numbers, got {value!r}")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+_BLACK = (0, 0, 0)
+_PASTED = 0.5  # probability of each object of the other picture
+_MIXED = 32.0  # both of Beta's parameters: shares near one half, as both keep their objects
+_CENTRE = (0.25, 0.75)  # of the mosaic, of its sides
 
 
 # Evaluation changes nothing but the size, by the rule that travels with the model.
@@ -188,6 +127,8 @@ class TrainDataset(Dataset[TrainItem]):
         self.preset = preset
         self.seed = seed
         self.with_masks = has_masks(data)
+        if preset.copy_paste and not self.with_masks:
+            raise ConfigError("augment.copy_paste: expected 0, as no object of the data has a mask")
         # In shared memory, so that worker processes that outlive an epoch see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()
@@ -208,35 +149,116 @@ class TrainDataset(Dataset[TrainItem]):
             ]
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the samples of epoch 0, 1, ...; call it before the epoch's first item."""
+    def set_place(self, epoch: int, progress: float) -> None:
+        """Choose the samples of epoch 0, 1, ...; progress is the share of the training done."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.data.images)
 
     def __getitem__(self, index: int) -> TrainItem:
-        record = self.data.images[index]
-        pixels = self._images.get(index, partial(_read, record))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainItem]:
+        """The items of one batch, of one output size; the loader asks for them so."""
+        output_size = self._output_size(indices[0])
+        return [self._item(index, output_size) for index in indices]
+
+    def _output_size(self, index: int) -> tuple[int, int]:
+        """Of the batch that begins with this image."""
+        (low, high), (height, width) = self.preset.output_scale_range, self.preset.output_size
+        if (low, high) == (1, 1):
+            return height, width
+        generator = np.random.default_rng([self.seed, int(self._epoch), index, 1])
+        factor = generator.uniform(low, high)
+        sides = (max(1, round(side * factor / BATCH_DIVISOR)) for side in (height, width))
+        return next(sides) * BATCH_DIVISOR, next(sides) * BATCH_DIVISOR
+
+    def _item(self, index: int, output_size: tuple[int, int]) -> TrainItem:
+        preset = self.preset
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_item_seed(self.seed, int(self._epoch), index))
-            window = _random_window(record, self.preprocess, self.preset)
-            labels, sample = self._crop(pixels, index, window)
-            # Turned and flipped before the resize, while the many masks are still small.
-            if window.transposed:
-                sample = _transpose(sample)
-            image, boxes, crowds, masks = self._flips(*sample)
-            steps = [v2.Resize(list(window.output_size), antialias=True), self._colours]
-            # Colours cost most of the time, so they go where the pixels are fewer.
-            enlarged = math.prod(window.output_size) > window.height * window.width
-            for step in reversed(steps) if enlarged else steps:
-                image, boxes, crowds = step(image, boxes, crowds)
+            if _happens(preset.mosaic):
+                picture = self._mosaic(index, output_size)
+            else:
+                picture = self._picture(index, output_size)
+            if _happens(preset.copy_paste):
+                source = self._picture(self._any_index(), output_size)
+                chosen = torch.rand(len(source[1].labels)) < _PASTED
+                picture = paste_objects(picture, source, chosen, preset.min_mask_pixels)
+            if _happens(preset.mixup):
+                share = float(torch.distributions.Beta(_MIXED, _MIXED).sample())
+                other = self._picture(self._any_index(), output_size)
+                picture = mix_pictures(picture, other, share)
+        return *picture, self.data.images[index].path
+
+    def _any_index(self) -> int:
+        return int(torch.randint(len(self), ()))
+
+    def _mosaic(self, index: int, output_size: tuple[int, int]) -> Picture:
+        """This image and three others, each a quarter of its own; beside short ones it is black."""
+        low, high = _CENTRE
+        share = low + (high - low) * torch.rand(2)
+        height, width = (
+            max(1, round(side * float(part))) for side, part in zip(output_size, share, strict=True)
+        )
+        quarters = mosaic_quarters((height, width), output_size)
+        indices = [index, *(self._any_index() for _ in range(3))]
+        parts = [self._picture(i, size) for i, size in zip(indices, quarters, strict=True)]
+        return join_mosaic(parts, (height, width), output_size, _BLACK)
+
+    def _picture(self, index: int, output_size: tuple[int, int]) -> Picture:
+        """One image as it is seen: cut out, turned, resized, in other colours."""
+        record = self.data.images[index]
+        pixels = self._images.get(index, partial(_read, record))
+        window = self._window(record, output_size)
+        labels, sample = self._crop(pixels, index, window)
+        # Turned and flipped before the resize, while the many masks are still small.
+        if window.transposed:
+            sample = _transpose(sample)
+        image, boxes, crowds, masks = self._flips(*sample)
+        steps: list[Callable[..., Any]] = [partial(self._resize, window), self._recolour]
+        # Colours cost most of the time, so they go where the pixels are fewer.
+        enlarged = math.prod(window.output_size) > window.height * window.width
+        for step in reversed(steps) if enlarged else steps:
+            image, boxes, crowds = step(image, boxes, crowds)
         masks = None if masks is None else _resize_masks(masks, window.output_size)
         target = _build_target(labels, boxes, crowds, masks, self.preset.min_mask_pixels)
-        return image.as_subclass(Tensor).permute(1, 2, 0).contiguous(), target, record.path
+        picture = image.as_subclass(Tensor).permute(1, 2, 0).contiguous(), target
+        return place_on_canvas(picture, window.canvas_size, window.offset, FILL_RGB)
+
+    def _window(self, record: ImageRecord, output_size: tuple[int, int]) -> Window:
+        preset = self.preset
+        if preset.geometry == "ssd":
+            objects = [a.box_xyxy for a in record.annotations if not a.is_ignored]
+            boxes = torch.tensor(objects, dtype=torch.float64).reshape(-1, 4)
+            return ssd_window(
+                record, boxes, output_size=output_size, quarter_turn=preset.quarter_turn
+            )
+        grown = output_size[0] / preset.output_size[0]  # of an output size drawn for the batch
+        low, high = preset.scale_range
+        return random_window(
+            record,
+            self.preprocess,
+            output_size=output_size,
+            scale_range=(low * grown, high * grown),
+            quarter_turn=preset.quarter_turn,
+        )
+
+    def _resize(self, window: Window, *sample: Any) -> Any:
+        if self.preset.geometry == "window":
+            return v2.Resize(list(window.output_size), antialias=True)(*sample)
+        image, *boxes = sample
+        image = tv_tensors.Image(resize_randomly(image.as_subclass(Tensor), window.output_size))
+        return image, *(functional.resize(x, list(window.output_size)) for x in boxes)
+
+    def _recolour(self, image: tv_tensors.Image, *boxes: Any) -> Any:
+        if self.preset.photometric:
+            image = tv_tensors.Image(distort_colours(image, self.preset.photometric))
+        return self._colours(image, *boxes)
 
     def _crop(
-        self, pixels: NDArray[np.uint8], index: int, window: "_Window"
+        self, pixels: NDArray[np.uint8], index: int, window: Window
     ) -> tuple[Tensor, "_Sample"]:
         """Labels (N,) of the objects in the window, and the window with what it shows."""
         rows = slice(window.top, window.top + window.height)
@@ -246,15 +268,20 @@ class TrainDataset(Dataset[TrainItem]):
         boxes = torch.tensor([a.box_xyxy for a in annotations], dtype=torch.float64).reshape(-1, 4)
         boxes -= torch.tensor([window.left, window.top] * 2)
         touches = (boxes[:, 2:] > 0) & (boxes[:, :2] < torch.tensor([window.width, window.height]))
-        is_crowd = torch.tensor([a.is_crowd for a in annotations], dtype=torch.bool)
-        objects = (touches.all(1) & ~is_crowd).nonzero()[:, 0].tolist()
+        is_ignored = torch.tensor([a.is_ignored for a in annotations], dtype=torch.bool)
+        is_object = touches.all(1) & ~is_ignored
+        if window.centres_only:
+            centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+            inside = (centres > 0) & (centres < torch.tensor([window.width, window.height]))
+            is_object &= inside.all(1)
+        objects = is_object.nonzero()[:, 0].tolist()
         labels = torch.tensor([annotations[i].label for i in objects], dtype=torch.int64)
         size = (window.height, window.width)
-        crowds = _tv_boxes(boxes[touches.all(1) & is_crowd].float(), size)
+        crowds = _tv_boxes(boxes[touches.all(1) & is_ignored].float(), size)
         masks = self._crop_masks(index, objects, window) if self.with_masks else None
         return labels, (image, _tv_boxes(boxes[objects].float(), size), crowds, masks)
 
-    def _crop_masks(self, index: int, objects: Sequence[int], window: "_Window") -> tv_tensors.Mask:
+    def _crop_masks(self, index: int, objects: Sequence[int], window: Window) -> tv_tensors.Mask:
         """Masks uint8 (N, H, W) of these annotations of the image, in pixels of the window."""
         record = self.data.images[index]
         masks = np.zeros((len(objects), window.height, window.width), dtype=np.uint8)
@@ -281,18 +308,6 @@ class _Cache(Generic[Value]):
             self._left -= size
             self._values[key] = value
         return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """A part of an image, in its own pixels, and the size it gets after it was transposed."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    transposed: bool
-    output_size: tuple[int, int]
 
 
 _Sample = tuple[
@@ -323,24 +338,9 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0])
 
 
-def _random_window(record: ImageRecord, preprocess: Preprocess, preset: TrainPreset) -> _Window:
-    """A window that becomes the preset's output size, or all of a side that is too short for it."""
-    low, high = preset.scale_range
-    # Uniform in the logarithm: half the size is as likely as twice the size.
-    scale = low * (high / low) ** float(torch.rand(()))
-    transposed = bool(torch.rand(()) < preset.quarter_turn)
-    wanted = preset.output_size[::-1] if transposed else preset.output_size
-    sides = (record.height, record.width)
-    starts, lengths, outputs = [], [], []
-    for side, base, output in zip(sides, preprocess.output_size(*sides), wanted, strict=True):
-        factor = scale * base / side
-        length = min(side, max(1, round(output / factor)))
-        starts.append(int(torch.randint(side - length + 1, ())))
-        lengths.append(length)
-        # A window cut short by the image keeps the scale, not the output size.
-        outputs.append(output if length < side else min(output, max(1, round(side * factor))))
-    resized = (outputs[1], outputs[0]) if transposed else (outputs[0], outputs[1])
-    return _Window(starts[0], starts[1], lengths[0], lengths[1], transposed, resized)
+def _happens(probability: float) -> bool:
+    """Draws nothing where it cannot happen: samples stay those of a preset without the setting."""
+    return probability > 0 and float(torch.rand(())) < probability
 
 
 def _tv_boxes(boxes_xyxy: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
@@ -357,7 +357,7 @@ def _transpose(sample: _Sample) -> _Sample:
     return tv_tensors.Image(image.transpose(1, 2)), turned[0], turned[1], masks
 
 
-def _paste(mask: NDArray[np.uint8], crop: MaskCrop, window: _Window) -> None:
+def _paste(mask: NDArray[np.uint8], crop: MaskCrop, window: Window) -> None:
     """Write the part of the crop that lies in the window."""
     rows, columns = crop.pixels.shape
     top, left = max(crop.y, window.top), max(crop.x, window.left)
@@ -390,23 +390,10 @@ def _build_target(
         boxes_xyxy = tight_boxes(masks)
     visible = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).amin(1) >= 1
     if masks is not None:
-        pixels = [int(np.count_nonzero(mask)) for mask in masks.numpy()]
-        visible &= torch.tensor(pixels, dtype=torch.int64) >= min_mask_pixels
+        visible &= visible_masks(masks, min_mask_pixels)
     return Target(
         boxes_xyxy=boxes_xyxy[visible],
         labels=labels[visible],
         masks=None if masks is None else BitmapMasks(masks if visible.all() else masks[visible]),
         ignore_xyxy=ignore_xyxy[(ignore_xyxy[:, 2:] - ignore_xyxy[:, :2]).amin(1) >= 1],
     )
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """Boxes float32 (N, 4) xyxy around masks uint8 (N, H, W) of 0 and 1, zero for an empty mask."""
-    sides = []
-    for dimension in (1, 2):
-        present = masks.amax(dimension)  # (N, W), then (N, H)
-        first = present.argmax(1)
-        last = present.shape[1] - present.flip(1).argmax(1)
-        sides.append((first, torch.where(present.amax(1) > 0, last, first)))
-    (x1, x2), (y1, y2) = sides
-    return torch.stack([x1, y1, x2, y2], dim=1).float()

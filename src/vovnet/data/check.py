@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vovnet.data.coco import Problem, ProblemKind, parse_coco, read_coco_json
 from vovnet.data.labels import Annotation, DetectionData, ImageRecord, mask_runs
+from vovnet.data.problems import Parsed, Problem, ProblemKind
 from vovnet.errors import DataError, ImageError
 from vovnet.images import image_size, read_image
 
@@ -83,25 +83,24 @@ def describe(problem: Problem) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
-def check_dataset(annotation_file: Path, image_dir: Path, *, read_pixels: bool = True) -> Report:
-    """List every problem of a COCO data set.
+def check_dataset(parsed: Parsed, *, read_pixels: bool = True) -> Report:
+    """List every problem of a split, those of its files included.
 
-    Looks at each entry of the file, its box and its mask, and decodes each image; with read_pixels
-    False only the header of each image. Boxes may reach one pixel over the border. Raises DataError
-    where the file is no JSON object with images, annotations and categories.
+    Looks at each box and each mask, and decodes each image; with read_pixels False only the header
+    of each image. Boxes may reach one pixel over the border.
     """
-    return _examine(annotation_file, image_dir, read_pixels=read_pixels)[1]
+    return _examine(parsed, read_pixels=read_pixels)[1]
 
 
 def load_checked(
-    annotation_file: Path, image_dir: Path, *, skip_bad: bool = False, read_pixels: bool = True
+    parsed: Parsed, *, skip_bad: bool = False, read_pixels: bool = True
 ) -> tuple[DetectionData, Report]:
-    """Load a COCO data set that was checked, without what is bad under skip_bad.
+    """The split once checked, without what is bad under skip_bad.
 
     A bad annotation is left out alone, a bad image with its annotations. Raises DataError with the
     report's summary on any problem without skip_bad, and where no image remains.
     """
-    data, report = _examine(annotation_file, image_dir, read_pixels=read_pixels)
+    data, report = _examine(parsed, read_pixels=read_pixels)
     if not report.is_good and not skip_bad:
         raise DataError(report.summary())
     if not data.images:
@@ -109,32 +108,33 @@ def load_checked(
     return data, report
 
 
-def _examine(
-    annotation_file: Path, image_dir: Path, *, read_pixels: bool
-) -> tuple[DetectionData, Report]:
-    """What is good of the data set, and what is not."""
-    content = read_coco_json(annotation_file)
-    problems: list[Problem] = []
-    data = parse_coco(content, annotation_file, image_dir, report=problems.append)
-    good_images = []
+def _examine(parsed: Parsed, *, read_pixels: bool) -> tuple[DetectionData, Report]:
+    """What is good of the split, and what is not."""
+    data, problems, good_images = parsed.data, list(parsed.problems), []
+    for image, file_problem in zip(data.images, _check_files(parsed, read_pixels), strict=True):
+        good_annotations = []
+        for annotation in image.annotations:
+            problem = _check_annotation(annotation, image, parsed.places.get(annotation.id))
+            if problem is None:
+                good_annotations.append(annotation)
+            else:
+                problems.append(problem)
+        if file_problem is None:
+            good_images.append(replace(image, annotations=tuple(good_annotations)))
+        else:
+            problems.append(file_problem)
+    counts = parsed.num_images, parsed.num_annotations
+    report = Report(data.annotation_file, *counts, tuple(problems))
+    return replace(data, images=tuple(good_images)), report
+
+
+def _check_files(parsed: Parsed, read_pixels: bool) -> list[Problem | None]:
+    images = parsed.data.images
+    if parsed.sizes_measured and not read_pixels:
+        return [None] * len(images)
     # Pillow decodes without holding the interpreter's lock.
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        file_problems = pool.map(lambda image: _check_file(image, read_pixels), data.images)
-        for image, file_problem in zip(data.images, file_problems, strict=True):
-            good_annotations = []
-            for annotation in image.annotations:
-                problem = _check_annotation(annotation, image)
-                if problem is None:
-                    good_annotations.append(annotation)
-                else:
-                    problems.append(problem)
-            if file_problem is None:
-                good_images.append(replace(image, annotations=tuple(good_annotations)))
-            else:
-                problems.append(file_problem)
-    counts = len(content["images"]), len(content["annotations"])
-    report = Report(annotation_file, *counts, tuple(problems))
-    return replace(data, images=tuple(good_images)), report
+        return list(pool.map(lambda image: _check_file(image, read_pixels), images))
 
 
 def _check_file(image: ImageRecord, read_pixels: bool) -> Problem | None:
@@ -158,10 +158,13 @@ def _check_file(image: ImageRecord, read_pixels: bool) -> Problem | None:
     return Problem(ProblemKind.IMAGE_SIZE, text, image.path.name, image.id)
 
 
-def _check_annotation(annotation: Annotation, image: ImageRecord) -> Problem | None:
+def _check_annotation(
+    annotation: Annotation, image: ImageRecord, place: str | None
+) -> Problem | None:
     kind, text = _box_problem(annotation, image) or _mask_problem(annotation, image) or (None, "")
     if kind is None:
         return None
+    text = text if place is None else f"{place}: {text}"
     return Problem(kind, text, image.path.name, image.id, annotation.id)
 
 

@@ -2,12 +2,8 @@
 
 import glob
 import json
-import math
-import os
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pycocotools import mask as coco_mask
@@ -21,53 +17,22 @@ from vovnet.data.labels import (
     brief,
     has_masks,
 )
+from vovnet.data.problems import (
+    Parsed,
+    Problem,
+    ProblemKind,
+    RejectedError,
+    flag,
+    integer,
+    key_of,
+    number,
+    safe_name,
+)
 from vovnet.errors import DataError
 from vovnet.images import MAX_PIXELS
 
 # The rasteriser allocates by the length of a polygon's outline, also far outside the image.
 MAX_OUTLINE = 2_000_000
-
-
-class ProblemKind(StrEnum):
-    """What can be wrong with one entry of an annotation file or with the image it names."""
-
-    CATEGORY = "bad category entry"
-    IMAGE = "bad image entry"
-    ANNOTATION = "bad annotation entry"
-    DUPLICATE_CATEGORY = "duplicate category id"
-    DUPLICATE_IMAGE = "duplicate image id"
-    DUPLICATE_ANNOTATION = "duplicate annotation id"
-    UNSAFE_PATH = "file outside the image folder"
-    UNKNOWN_IMAGE = "unknown image id"
-    UNKNOWN_CATEGORY = "unknown category id"
-    NON_FINITE_BOX = "non-finite box"
-    DEGENERATE_BOX = "degenerate box"
-    OUTSIDE_BOX = "box outside the image"
-    SEGMENTATION = "broken segmentation"
-    SEGMENTATION_SIZE = "segmentation size disagrees with the image entry"
-    MISSING_FILE = "missing image file"
-    UNREADABLE_FILE = "unreadable image file"
-    IMAGE_SIZE = "image size disagrees with the file"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong; `file` is the image file where one is known."""
-
-    kind: ProblemKind
-    text: str
-    file: str | None = None
-    image_id: int | None = None
-    annotation_id: int | None = None
-
-
-class _RejectedError(Exception):
-    """Why one entry cannot be used; never leaves this module."""
-
-    def __init__(self, kind: ProblemKind, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-        self.text = text
 
 
 def load_coco(annotation_file: Path, image_dir: Path) -> DetectionData:
@@ -83,28 +48,53 @@ def load_coco(annotation_file: Path, image_dir: Path) -> DetectionData:
     return parse_coco(read_coco_json(annotation_file), annotation_file, image_dir, report=refuse)
 
 
+def parse_split(data_dir: Path, split: str) -> Parsed:
+    """Read a split; `find_split` says where it looks. Raises DataError as `parse_files` does."""
+    return parse_files(*find_split(data_dir, split))
+
+
+def parse_files(annotation_file: Path, image_dir: Path) -> Parsed:
+    """Read a COCO instances file, malformed entries apart from the rest.
+
+    Raises DataError where the file is no JSON object with images, annotations and categories.
+    """
+    content = read_coco_json(annotation_file)
+    problems: list[Problem] = []
+    data = parse_coco(content, annotation_file, image_dir, report=problems.append)
+    return Parsed(
+        data=data,
+        num_images=len(content["images"]),
+        num_annotations=len(content["annotations"]),
+        problems=tuple(problems),
+        image_roots=(image_dir,),
+    )
+
+
 def read_coco_json(annotation_file: Path) -> dict[str, Any]:
     """Read the file and check that it has the lists images, annotations and categories.
 
     Raises DataError where the file is missing, is not JSON or lacks one of the lists.
     """
-    try:
-        content = json.loads(annotation_file.read_bytes())
-    except OSError as error:
-        raise DataError(f"{annotation_file}: cannot be read: {error.strerror or error}") from error
-    except RecursionError as error:
-        raise DataError(f"{annotation_file}: not usable JSON: nested too deep") from error
-    except ValueError as error:
-        raise DataError(f"{annotation_file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{annotation_file}: expected a JSON object with images, annotations and categories, "
-            f"got {brief(content)}"
-        )
+    content = read_json_object(annotation_file)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             found = brief(content[key]) if key in content else "no such key"
             raise DataError(f"{annotation_file}: expected a list under {key!r}, got {found}")
+    return content
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; raises DataError where it is missing or does not."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise DataError(f"{file}: not usable JSON: nested too deep") from error
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a JSON object, got {brief(content)}")
     return content
 
 
@@ -139,15 +129,15 @@ def _parse_categories(entries: list[Any], report: Callable[[Problem], None]) -> 
         place = f"categories[{index}]"
         kind = ProblemKind.CATEGORY
         try:
-            category_id = _integer(_field(entry, "id", place, kind), f"{place}.id", kind)
-            name = _field(entry, "name", place, kind)
+            category_id = integer(key_of(entry, "id", place, kind), f"{place}.id", kind)
+            name = key_of(entry, "name", place, kind)
             if not isinstance(name, str) or not name:
-                raise _RejectedError(kind, f"{place}.name: expected a text, got {brief(name)}")
+                raise RejectedError(kind, f"{place}.name: expected a text, got {brief(name)}")
             if category_id in names:
                 kind = ProblemKind.DUPLICATE_CATEGORY
-                raise _RejectedError(kind, f"{place}: id {category_id} was given before")
+                raise RejectedError(kind, f"{place}: id {category_id} was given before")
             names[category_id] = name
-        except _RejectedError as rejected:
+        except RejectedError as rejected:
             report(Problem(rejected.kind, rejected.text))
     return names
 
@@ -165,9 +155,9 @@ def _parse_images(
             if header.id in headers:
                 first = brief(headers[header.id].path.name)
                 text = f"{place}: id {header.id} was given before, to {first}"
-                raise _RejectedError(ProblemKind.DUPLICATE_IMAGE, text)
+                raise RejectedError(ProblemKind.DUPLICATE_IMAGE, text)
             headers[header.id] = header
-        except _RejectedError as rejected:
+        except RejectedError as rejected:
             image_id = _id_of(entry, "id")
             if image_id is not None:
                 refused_ids.add(image_id)
@@ -179,33 +169,14 @@ def _parse_images(
 
 def _parse_image(entry: object, place: str, image_dir: Path) -> ImageRecord:
     kind = ProblemKind.IMAGE
-    image_id = _integer(_field(entry, "id", place, kind), f"{place}.id", kind)
-    path = image_dir / _safe_name(_field(entry, "file_name", place, kind), f"{place}.file_name")
-    height = _integer(_field(entry, "height", place, kind), f"{place}.height", kind)
-    width = _integer(_field(entry, "width", place, kind), f"{place}.width", kind)
+    image_id = integer(key_of(entry, "id", place, kind), f"{place}.id", kind)
+    path = image_dir / safe_name(key_of(entry, "file_name", place, kind), f"{place}.file_name")
+    height = integer(key_of(entry, "height", place, kind), f"{place}.height", kind)
+    width = integer(key_of(entry, "width", place, kind), f"{place}.width", kind)
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         text = f"{place}: expected a size of 1 to {MAX_PIXELS} pixels, got {height} x {width}"
-        raise _RejectedError(kind, text)
+        raise RejectedError(kind, text)
     return ImageRecord(image_id, path, height, width, ())
-
-
-def _safe_name(name: object, place: str) -> str:
-    """A relative file name without a step upwards, read by the rules of either kind of system."""
-    if not isinstance(name, str) or not name or "\0" in name or not _is_encodable(name):
-        raise _RejectedError(ProblemKind.IMAGE, f"{place}: expected a file name, got {brief(name)}")
-    for path in (PurePosixPath(name), PureWindowsPath(name)):
-        if path.root or path.drive or ".." in path.parts:
-            text = f"{place}: expected a name below the image folder, got {brief(name)}"
-            raise _RejectedError(ProblemKind.UNSAFE_PATH, text)
-    return name
-
-
-def _is_encodable(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parse_annotations(
@@ -225,10 +196,10 @@ def _parse_annotations(
             header, annotation = _parse_annotation(entry, f"annotations[{index}]", headers, labels)
             if annotation.id in seen:
                 text = f"annotations[{index}]: id {annotation.id} was given before"
-                raise _RejectedError(ProblemKind.DUPLICATE_ANNOTATION, text)
+                raise RejectedError(ProblemKind.DUPLICATE_ANNOTATION, text)
             seen.add(annotation.id)
             grouped[header.id].append(annotation)
-        except _RejectedError as rejected:
+        except RejectedError as rejected:
             known = headers.get(image_id) if image_id is not None else None
             file = known.path.name if known else None
             report(Problem(rejected.kind, rejected.text, file, image_id, _id_of(entry, "id")))
@@ -239,27 +210,28 @@ def _parse_annotation(
     entry: object, place: str, headers: dict[int, ImageRecord], labels: dict[int, int]
 ) -> tuple[ImageRecord, Annotation]:
     kind = ProblemKind.ANNOTATION
-    annotation_id = _integer(_field(entry, "id", place, kind), f"{place}.id", kind)
-    image_id = _integer(_field(entry, "image_id", place, kind), f"{place}.image_id", kind)
+    annotation_id = integer(key_of(entry, "id", place, kind), f"{place}.id", kind)
+    image_id = integer(key_of(entry, "image_id", place, kind), f"{place}.image_id", kind)
     if image_id not in headers:
         text = f"{place}.image_id: no image has the id {image_id}"
-        raise _RejectedError(ProblemKind.UNKNOWN_IMAGE, text)
-    category_id = _integer(_field(entry, "category_id", place, kind), f"{place}.category_id", kind)
+        raise RejectedError(ProblemKind.UNKNOWN_IMAGE, text)
+    category_id = integer(key_of(entry, "category_id", place, kind), f"{place}.category_id", kind)
     if category_id not in labels:
         text = f"{place}.category_id: no category has the id {category_id}"
-        raise _RejectedError(ProblemKind.UNKNOWN_CATEGORY, text)
-    assert isinstance(entry, dict)  # _field has looked
+        raise RejectedError(ProblemKind.UNKNOWN_CATEGORY, text)
+    assert isinstance(entry, dict)  # key_of has looked
     header = headers[image_id]
-    x, y, width, height = _parse_box(_field(entry, "bbox", place, kind), f"{place}.bbox")
+    x, y, width, height = _parse_box(key_of(entry, "bbox", place, kind), f"{place}.bbox")
     area = entry.get("area")
-    area = width * height if area is None else _number(area, f"{place}.area", kind)
-    is_crowd = _flag(entry.get("iscrowd"), f"{place}.iscrowd", kind)
-    segmentation = _parse_segmentation(
+    area = width * height if area is None else number(area, f"{place}.area", kind)
+    is_crowd = flag(entry.get("iscrowd"), f"{place}.iscrowd", kind)
+    is_difficult = flag(entry.get("difficult"), f"{place}.difficult", kind)
+    segmentation = parse_segmentation(
         entry.get("segmentation"), f"{place}.segmentation", (header.height, header.width)
     )
     box_xyxy = (x, y, x + width, y + height)
     annotation = Annotation(
-        annotation_id, labels[category_id], box_xyxy, segmentation, area, is_crowd
+        annotation_id, labels[category_id], box_xyxy, segmentation, area, is_crowd, is_difficult
     )
     return header, annotation
 
@@ -268,18 +240,19 @@ def _parse_box(value: object, place: str) -> list[float]:
     kind = ProblemKind.ANNOTATION
     if not isinstance(value, list) or len(value) != 4:
         text = f"{place}: expected [x, y, width, height], got {brief(value)}"
-        raise _RejectedError(kind, text)
-    for number in value:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise _RejectedError(kind, f"{place}: expected four numbers, got {brief(value)}")
+        raise RejectedError(kind, text)
+    for side in value:
+        if isinstance(side, bool) or not isinstance(side, int | float):
+            raise RejectedError(kind, f"{place}: expected four numbers, got {brief(value)}")
     # Sums of larger numbers are no longer exact to the pixel, and overflow where they are used.
-    if not all(abs(number) < 2**31 for number in value):
+    if not all(abs(side) < 2**31 for side in value):
         text = f"{place}: expected finite pixel positions, got {brief(value)}"
-        raise _RejectedError(ProblemKind.NON_FINITE_BOX, text)
-    return [float(number) for number in value]
+        raise RejectedError(ProblemKind.NON_FINITE_BOX, text)
+    return [float(side) for side in value]
 
 
-def _parse_segmentation(value: object, place: str, image_size: tuple[int, int]) -> Segmentation:
+def parse_segmentation(value: object, place: str, image_size: tuple[int, int]) -> Segmentation:
+    """Polygons or run lengths of a mask of that (height, width), as COCO writes them."""
     kind = ProblemKind.SEGMENTATION
     if value is None or value == []:
         return None
@@ -287,7 +260,7 @@ def _parse_segmentation(value: object, place: str, image_size: tuple[int, int]) 
         return _parse_rle(value, place, image_size)
     if not isinstance(value, list):
         text = f"{place}: expected polygons or run lengths, got {brief(value)}"
-        raise _RejectedError(kind, text)
+        raise RejectedError(kind, text)
     return [_parse_polygon(ring, f"{place}[{i}]", image_size) for i, ring in enumerate(value)]
 
 
@@ -295,12 +268,12 @@ def _parse_polygon(ring: object, place: str, image_size: tuple[int, int]) -> lis
     kind = ProblemKind.SEGMENTATION
     if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
         text = f"{place}: expected [x1, y1, x2, y2, x3, y3, ...], got {brief(ring)}"
-        raise _RejectedError(kind, text)
-    points = [_number(value, place, kind) for value in ring]
+        raise RejectedError(kind, text)
+    points = [number(value, place, kind) for value in ring]
     steps = (abs(a - b) for a, b in zip(points, points[2:] + points[:2], strict=True))
     if sum(steps) > MAX_OUTLINE:
         text = f"{place}: expected an outline of at most {MAX_OUTLINE} pixels, got {brief(ring)}"
-        raise _RejectedError(kind, text)
+        raise RejectedError(kind, text)
     return points
 
 
@@ -308,49 +281,20 @@ def _parse_rle(value: dict[str, Any], place: str, image_size: tuple[int, int]) -
     kind = ProblemKind.SEGMENTATION
     if value.get("size") != list(image_size):
         text = f"{place}.size: expected {list(image_size)}, got {brief(value.get('size'))}"
-        raise _RejectedError(ProblemKind.SEGMENTATION_SIZE, text)
+        raise RejectedError(ProblemKind.SEGMENTATION_SIZE, text)
     counts = value.get("counts")
     if isinstance(counts, str) and counts.isascii() and counts:
         return Rle(size=list(image_size), counts=counts.encode("ascii"))
     if not isinstance(counts, list):
         text = f"{place}.counts: expected a text or a list of run lengths, got {brief(counts)}"
-        raise _RejectedError(kind, text)
-    runs = [_integer(run, f"{place}.counts", kind) for run in counts]
+        raise RejectedError(kind, text)
+    runs = [integer(run, f"{place}.counts", kind) for run in counts]
     pixels = image_size[0] * image_size[1]
     if not all(0 <= run <= pixels for run in runs) or sum(runs) != pixels:
         text = f"{place}.counts: expected runs of {pixels} pixels together, got {brief(counts)}"
-        raise _RejectedError(kind, text)
+        raise RejectedError(kind, text)
     compressed = coco_mask.frPyObjects({"size": list(image_size), "counts": runs}, *image_size)
     return Rle(size=list(image_size), counts=compressed["counts"])
-
-
-def _field(entry: object, key: str, place: str, kind: ProblemKind) -> object:
-    if not isinstance(entry, dict):
-        raise _RejectedError(kind, f"{place}: expected an object, got {brief(entry)}")
-    if key not in entry:
-        raise _RejectedError(kind, f"{place}: expected the key {key!r}, got {brief(sorted(entry))}")
-    return entry[key]
-
-
-def _integer(value: object, place: str, kind: ProblemKind) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**63:
-        raise _RejectedError(kind, f"{place}: expected a whole number, got {brief(value)}")
-    return value
-
-
-def _flag(value: object, place: str, kind: ProblemKind) -> bool:
-    if value is None or value in (0, 1):
-        return bool(value)
-    raise _RejectedError(kind, f"{place}: expected 0 or 1, got {brief(value)}")
-
-
-def _number(value: object, place: str, kind: ProblemKind) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not abs(value) < 1e300 or not math.isfinite(value):  # type: ignore[arg-type]
-        raise _RejectedError(kind, f"{place}: expected a finite number, got {brief(value)}")
-    return float(value)  # type: ignore[arg-type]
 
 
 def _id_of(entry: object, key: str) -> int | None:
@@ -358,9 +302,14 @@ def _id_of(entry: object, key: str) -> int | None:
     if not isinstance(entry, dict):
         return None
     try:
-        return _integer(entry.get(key), key, ProblemKind.ANNOTATION)
-    except _RejectedError:
+        return integer(entry.get(key), key, ProblemKind.ANNOTATION)
+    except RejectedError:
         return None
+
+
+def is_coco(data_dir: Path) -> bool:
+    """Whether a folder holds annotation files of COCO."""
+    return any((data_dir / "annotations").glob("*.json"))
 
 
 def find_split(data_dir: Path, split: str) -> tuple[Path, Path]:
@@ -390,25 +339,41 @@ def find_split(data_dir: Path, split: str) -> tuple[Path, Path]:
 
 
 def to_coco_dict(data: DetectionData) -> dict[str, Any]:
-    """The data set as the JSON types that pycocotools indexes.
+    """The data set as the JSON types that pycocotools indexes, to evaluate on.
 
-    In a data set with masks an object without one gets its box as a polygon, as in training.
+    In a data set with masks an object without one gets its box as a polygon, as in training. What
+    is difficult is a crowd here, because that is what pycocotools ignores.
     """
     with_masks = has_masks(data)
+    content = _to_document(data, [image.path.as_posix() for image in data.images])
+    annotations = (annotation for image in data.images for annotation in image.annotations)
+    for entry, annotation in zip(content["annotations"], annotations, strict=True):
+        entry["iscrowd"] = int(annotation.is_ignored)
+        if annotation.segmentation is None and with_masks:
+            x1, y1, x2, y2 = annotation.box_xyxy
+            entry["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    return content
+
+
+def write_split(folder: Path, split: str, data: DetectionData, names: Sequence[str]) -> None:
+    """Write annotations/SPLIT.json; `names[i]` is the file of image i below images/SPLIT."""
+    file = folder / "annotations" / f"{split}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = _to_document(data, names)
+    file.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+
+
+def _to_document(data: DetectionData, names: Sequence[str]) -> dict[str, Any]:
     return {
         "info": {},
         "licenses": [],
         "images": [
-            {
-                "id": image.id,
-                "file_name": image.path.as_posix(),
-                "height": image.height,
-                "width": image.width,
-            }
-            for image in data.images
+            {"id": image.id, "file_name": name, "height": image.height, "width": image.width}
+            for image, name in zip(data.images, names, strict=True)
         ],
         "annotations": [
-            _annotation_dict(annotation, image.id, data.category_ids, with_masks=with_masks)
+            _to_entry(annotation, image.id, data.category_ids)
             for image in data.images
             for annotation in image.annotations
         ],
@@ -419,11 +384,11 @@ def to_coco_dict(data: DetectionData) -> dict[str, Any]:
     }
 
 
-def _annotation_dict(
-    annotation: Annotation, image_id: int, category_ids: tuple[int, ...], *, with_masks: bool
+def _to_entry(
+    annotation: Annotation, image_id: int, category_ids: tuple[int, ...]
 ) -> dict[str, Any]:
     x1, y1, x2, y2 = annotation.box_xyxy
-    result: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "id": annotation.id,
         "image_id": image_id,
         "category_id": category_ids[annotation.label],
@@ -431,12 +396,16 @@ def _annotation_dict(
         "area": annotation.area,
         "iscrowd": int(annotation.is_crowd),
     }
-    segmentation = annotation.segmentation
+    if annotation.is_difficult:  # no key of COCO's own
+        entry["difficult"] = 1
+    if annotation.segmentation is not None:
+        entry["segmentation"] = segmentation_to_json(annotation.segmentation)
+    return entry
+
+
+def segmentation_to_json(segmentation: Segmentation) -> object:
+    """A mask as COCO writes it, None where there is none."""
     if isinstance(segmentation, dict):
         counts = segmentation["counts"].decode("ascii")
-        result["segmentation"] = {"size": segmentation["size"], "counts": counts}
-    elif segmentation is not None:
-        result["segmentation"] = segmentation
-    elif with_masks:
-        result["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-    return result
+        return {"size": segmentation["size"], "counts": counts}
+    return segmentation

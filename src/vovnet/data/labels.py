@@ -27,7 +27,10 @@ Segmentation = Rle | Polygons | None
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One labelled object: `label` counts from 0 in order of category id, the box is in pixels."""
+    """One labelled object: `label` counts from 0 in the order of the classes, the box is in pixels.
+
+    What is difficult (Pascal VOC) is neither rewarded nor punished, in training or in evaluation.
+    """
 
     id: int
     label: int
@@ -35,6 +38,12 @@ class Annotation:
     segmentation: Segmentation
     area: float
     is_crowd: bool
+    is_difficult: bool = False
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether it is no object to learn and to count: a crowd region or a difficult one."""
+        return self.is_crowd or self.is_difficult
 
 
 @dataclass(frozen=True, slots=True)

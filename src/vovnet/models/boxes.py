@@ -54,6 +54,18 @@ def grid_points(height: int, width: int, stride: int, device: torch.device) -> T
     return torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 2)
 
 
+def grid_boxes(grid: tuple[int, int], sides: Tensor, *, step: float, offset: float) -> Tensor:
+    """Boxes (H * W * R, 4) of sides (R, 2), width and height, for each cell of a map of H x W.
+
+    Their centres are (index + offset) * step, row by row, the sides innermost; in the dtype and on
+    the device of the sides.
+    """
+    rows, columns = (torch.arange(n, dtype=sides.dtype, device=sides.device) for n in grid)
+    grid_y, grid_x = torch.meshgrid(rows, columns, indexing="ij")
+    centers = (torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 1, 2) + offset) * step
+    return torch.cat([centers - sides / 2, centers + sides / 2], dim=-1).reshape(-1, 4)
+
+
 def distances_to_boxes(points: Tensor, distances: Tensor) -> Tensor:
     """Points (..., 2) and distances to left, top, right, bottom (..., 4) in pixels to boxes
     xyxy.

@@ -1,4 +1,4 @@
-"""The one graph that every engine runs: uint8 pictures in, padded detections out."""
+"""The graph that every engine runs: uint8 pictures in, padded detections or logits out."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vovnet.models.layers import ConvNormAct, Normalize, SeparableConvNormAct
+from vovnet.models.vovnet import VoVNet
 
 
 class DeployGraph(nn.Module):
@@ -29,6 +30,30 @@ class DeployGraph(nn.Module):
         """
         raw = self.detector(self.normalize(images, sizes))
         return self.detector.detect(raw, sizes)  # type: ignore[operator, no-any-return]
+
+
+class ClassifierGraph(nn.Module):
+    """A classifier with its normalisation in front, and the embedding beside its logits.
+
+    mean and std are RGB in units of 0..255.
+    """
+
+    def __init__(self, classifier: VoVNet, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.classifier = classifier
+
+    def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """images (B, H, W, 3) uint8 RGB, sizes (B, 2) int64 height and width.
+
+        Returns embedding (B, F), the pooled last map, and logits (B, C) of it; a backbone, which
+        has no classes, gives the embedding alone.
+        """
+        features = self.classifier.forward_features(self.normalize(images, sizes))
+        embedding = self.classifier.forward_head(features, pre_logits=True)
+        if self.classifier.num_classes == 0:
+            return {"embedding": embedding}
+        return {"logits": self.classifier.get_classifier()(embedding), "embedding": embedding}
 
 
 def fold_batch_norms(module: nn.Module) -> None:

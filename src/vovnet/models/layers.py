@@ -70,8 +70,8 @@ def make_conv(in_channels: int, out_channels: int, *, kernel: int, norm: HeadNor
 
 
 class ConvNormAct(nn.Module):
-    """Convolution (no bias, padding k // 2 times the dilation), norm, ReLU: (B, C_in, H, W) to
-    (B, C_out, H / stride, W / stride).
+    """Convolution (no bias, padding k // 2 times the dilation), norm, ReLU unless `activation` is
+    false: (B, C_in, H, W) to (B, C_out, H / stride, W / stride).
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class ConvNormAct(nn.Module):
         stride: int,
         norm: NormKind,
         dilation: int = 1,
+        activation: bool = True,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -95,7 +96,7 @@ class ConvNormAct(nn.Module):
             bias=False,
         )
         self.bn = make_norm(norm, out_channels)
-        self.act = make_activation(norm)
+        self.act = make_activation(norm) if activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
@@ -385,3 +386,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     need it.
     """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def flatten_anchors(maps: Tensor, values: int) -> Tensor:
+    """Predictions (B, R * values, H, W) of R anchors per cell to (B, H * W * R, values), at least
+    float32.
+    """
+    split = maps.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2)
+    return at_least_float32(split.flatten(1, 3))

@@ -17,10 +17,11 @@ from vovnet.models.boxes import (
     covered_fraction,
     decode_boxes,
     encode_boxes,
+    grid_boxes,
     match_boxes,
     sample_balanced,
 )
-from vovnet.models.layers import at_least_float32
+from vovnet.models.layers import flatten_anchors
 
 STRIDES = (4, 8, 16, 32, 64)
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four deltas
@@ -63,18 +64,12 @@ class RPNHead(nn.Module):
         objectness, deltas = [], []
         for feature in pyramid:
             hidden = functional.relu(self.conv(feature))
-            objectness.append(_flatten(self.objectness(hidden), 1))
-            deltas.append(_flatten(self.deltas(hidden), 4))
+            objectness.append(flatten_anchors(self.objectness(hidden), 1))
+            deltas.append(flatten_anchors(self.deltas(hidden), 4))
         return {
             "objectness": torch.cat(objectness, dim=1).squeeze(2),
             "anchor_deltas": torch.cat(deltas, dim=1),
         }
-
-
-def _flatten(maps: Tensor, values: int) -> Tensor:
-    """(B, R * values, H, W) to (B, H * W * R, values)."""
-    split = maps.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2)
-    return at_least_float32(split.flatten(1, 3))
 
 
 def level_anchors(raw: dict[str, Tensor], config: RPNConfig) -> list[Tensor]:
@@ -101,11 +96,8 @@ def make_anchors(
     In the dtype and on the device of `like`.
     """
     ratio = like.new_tensor(ratios)
-    half = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=1) / 2  # (R, 2)
-    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) * stride for n in grid)
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    centers = torch.stack([grid_x, grid_y], dim=-1).reshape(-1, 1, 2)
-    return torch.cat([centers - half, centers + half], dim=-1).reshape(-1, 4)
+    sides = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=1)  # (R, 2)
+    return grid_boxes(grid, sides, step=stride, offset=0.0)
 
 
 def rpn_loss(

@@ -31,7 +31,7 @@ from vovnet.models.layers import (
 from vovnet.models.settings import check_groups, check_settings
 
 AttentionPlace = Literal["last_block", "every_block"]
-Stem = Literal["code", "paper"]
+Stem = Literal["code", "paper", "small"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class VoVNetConfig:
     attention: Attention = "none"
     attention_in: AttentionPlace = "last_block"
     identity: bool = True  # from the second block of a stage on
-    stem: Stem = "code"  # code: strides 2, 1, 2; paper: 2, 1, 1 and a pool
+    stem: Stem = "code"  # strides 2, 1, 2; paper: 2, 1, 1 and a pool; small pictures: 1, 1, 2
     norm: NormKind = "bn"
     deformable_stages: tuple[int, ...] = ()  # of 2 to 5: all 3x3 convolutions of their blocks
 
@@ -65,6 +65,11 @@ class VoVNetConfig:
             )
         if self.depthwise and self.deformable_stages:
             raise ConfigError("deformable_stages: expected none in a depthwise network")
+
+    @property
+    def last_fine_stem_layer(self) -> int:
+        """The stem's last layer at its highest resolution, which is the first feature map."""
+        return 2 if self.stem == "paper" else 1
 
     def conv_of(self, stage: int) -> ConvKind:
         """What the 3x3 convolutions of a stage are, counted from 0."""
@@ -227,9 +232,10 @@ class VoVNet(nn.Module):
         first, second, third = config.stem_channels
         conv: ConvKind = "depthwise" if config.depthwise else "plain"
         norm = config.norm
-        last_stride = 2 if config.stem == "code" else 1
+        first_stride = 1 if config.stem == "small" else 2
+        last_stride = 1 if config.stem == "paper" else 2
         return nn.Sequential(
-            ConvNormAct(in_chans, first, kernel=3, stride=2, norm=norm),
+            ConvNormAct(in_chans, first, kernel=3, stride=first_stride, norm=norm),
             make_conv3x3(conv, first, second, stride=1, norm=norm),
             make_conv3x3(conv, second, third, stride=last_stride, norm=norm),
         )
@@ -250,16 +256,17 @@ class VoVNet(nn.Module):
 
     @staticmethod
     def _describe_features(config: VoVNetConfig, output_stride: int) -> FeatureInfo:
-        stem_layer = 1 if config.stem == "code" else 2  # the last layer of stride 2
+        stem_layer = config.last_fine_stem_layer
+        shrink = 2 if config.stem == "small" else 1
         stem = {
             "num_chs": config.stem_channels[stem_layer],
-            "reduction": 2,
+            "reduction": 2 // shrink,
             "module": f"stem.{stem_layer}",
         }
         stages = (
             {
                 "num_chs": channels,
-                "reduction": min(4 * 2**stage, output_stride),
+                "reduction": min(4 * 2**stage, output_stride) // shrink,
                 "module": f"stages.{stage}",
             }
             for stage, channels in enumerate(config.stage_out_channels)
@@ -286,7 +293,7 @@ class VoVNet(nn.Module):
             raise ValueError(f"output_fmt: expected NCHW, got {output_fmt!r}")
         wanted = resolve_indices(indices, 1 + len(self.stages))
         maps = {}
-        stem_layer = 1 if self.config.stem == "code" else 2
+        stem_layer = self.config.last_fine_stem_layer
         for index, layer in enumerate(self.stem):
             x = layer(x)
             if index == stem_layer:

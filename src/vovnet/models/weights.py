@@ -5,7 +5,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -23,68 +22,16 @@ from vovnet.models.layouts import FIRST_CONV, is_released
 from vovnet.models.rename import COUNTER, Renamed, mis_shaped, not_finite, rename
 from vovnet.models.vovnet import VoVNet
 from vovnet.preprocess import Preprocess
+from vovnet.published import PUBLISHED
 
 MAX_WEIGHTS_BYTES = 8 * 2**30  # the largest detector with its optimizer is below 2 GiB
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training programs put the weights in a checkpoint; averaged ones go first, as in timm."""
 
+_STAGES = 4  # of a whole backbone
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _TYPES = _FLOATS | {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool}
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedWeights:
-    """Where weights lie, and how images must be prepared for them (mean, std: RGB in 0..1
-    units).
-    """
-
-    hub_repository: str
-    licence: str
-    image_size: int
-    crop_fraction: float
-    test_image_size: int
-    test_crop_fraction: float
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    top1_percent: float  # on ImageNet-1k at image_size, as timm publishes it
-    top5_percent: float
-    sha256: str | None = None  # of model.safetensors; None: only the hub's own figure is checked
-
-
-PUBLISHED: dict[str, PublishedWeights] = {
-    "ese_vovnet19b_dw": PublishedWeights(
-        hub_repository="timm/ese_vovnet19b_dw.ra_in1k",
-        licence="apache-2.0",
-        image_size=224,
-        crop_fraction=0.875,
-        test_image_size=288,
-        test_crop_fraction=0.95,
-        top1_percent=76.828,
-        top5_percent=93.276,
-    ),
-    "ese_vovnet39b": PublishedWeights(
-        hub_repository="timm/ese_vovnet39b.ra_in1k",
-        licence="apache-2.0",
-        image_size=224,
-        crop_fraction=0.875,
-        test_image_size=288,
-        test_crop_fraction=0.95,
-        top1_percent=79.312,
-        top5_percent=94.722,
-    ),
-    "ese_vovnet57b": PublishedWeights(
-        hub_repository="timm/ese_vovnet57b.ra4_e3600_r256_in1k",
-        licence="apache-2.0",
-        image_size=256,
-        crop_fraction=0.95,
-        test_image_size=320,
-        test_crop_fraction=1.0,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        top1_percent=82.460,
-        top5_percent=96.006,
-    ),
-}
 
 _UNTRAINED: dict[str, Any] = {
     "input_size": (3, 224, 224),
@@ -111,7 +58,7 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     size, test_size = published.image_size, published.test_image_size
     return _UNTRAINED | {
         "architecture": name,
-        "tag": published.hub_repository.partition(".")[2],
+        "tag": published.tag,
         "hf_hub_id": published.hub_repository,
         "license": published.licence,
         "input_size": (3, size, size),
@@ -351,11 +298,13 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str
 
 
 def load_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Loads a classifier's weights into a backbone, leaving the classifier out; raises
-    ConfigError.
+    """Loads a classifier's weights into a backbone, leaving the classifier out, and the stages that
+    the backbone ends before; raises ConfigError.
     """
+    stages: nn.Module = backbone.get_submodule("stages")
+    unused = ("head.", *(f"stages.{n}." for n in range(len(list(stages.children())), _STAGES)))
     kept = {name: v for name, v in backbone.state_dict().items() if name.startswith("head.")}
-    wanted = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    wanted = {name: value for name, value in tensors.items() if not name.startswith(unused)}
     load_tensors(backbone, wanted | kept, where=where)
 
 

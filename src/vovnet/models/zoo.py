@@ -11,9 +11,11 @@ from torch import nn
 
 from vovnet.errors import ConfigError
 from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, MaskIoUHead
+from vovnet.models.dsod import DSOD, DSODConfig, DSODHead
 from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
 from vovnet.models.fpn import FPN, PooledFPN
 from vovnet.models.layers import resolve_indices
+from vovnet.models.multibox import MultiboxConfig
 from vovnet.models.rcnn import (
     BoxHead,
     FasterRCNN,
@@ -22,13 +24,14 @@ from vovnet.models.rcnn import (
     MaskRCNNConfig,
     RCNNConfig,
 )
+from vovnet.models.refinedet import RefineDet, RefineDetConfig, RefineDetHead
 from vovnet.models.rpn import RPNHead
 from vovnet.models.settings import check_count, check_groups, check_settings
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
 from vovnet.models.weights import load_checkpoint, load_published, pretrained_cfg
 
 Task = Literal["classify", "detect", "segment"]
-DetectorConfig = FCOSConfig | RCNNConfig
+DetectorConfig = FCOSConfig | RCNNConfig | MultiboxConfig
 
 DETECTORS: dict[str, DetectorConfig] = {
     "fcos": FCOSConfig(),
@@ -41,6 +44,8 @@ DETECTORS: dict[str, DetectorConfig] = {
     "faster_rcnn_lite": RCNNConfig(neck_channels=128),
     "mask_rcnn": MaskRCNNConfig(),
     "mask_rcnn_lite": MaskRCNNConfig(neck_channels=128),
+    "refinedet": RefineDetConfig(),
+    "dsod": DSODConfig(),
 }
 _MAPS = 5  # of a backbone: the stem's and the four stages'
 
@@ -257,6 +262,16 @@ def _build_mask_rcnn(backbone: VoVNetFeatures, config: MaskRCNNConfig) -> MaskRC
     return MaskRCNN(_build_faster_rcnn(backbone, config), FCNMaskHead(config), config)
 
 
+def _build_refinedet(backbone: VoVNetFeatures, config: RefineDetConfig) -> RefineDet:
+    head = RefineDetHead(backbone.feature_info.channels(), config)
+    return RefineDet(backbone, head, config)
+
+
+def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
+    backbone.stages = backbone.stages[:3]  # it ends at stride 16
+    return DSOD(backbone, DSODHead(backbone.feature_info.channels(), config), config)
+
+
 @dataclass(frozen=True, slots=True)
 class _Family:
     task: Task
@@ -264,6 +279,7 @@ class _Family:
     build: Callable[[VoVNetFeatures, Any], nn.Module]
 
 
+_STAGES_3_TO_4 = (2, 3)
 _STAGES_3_TO_5 = (2, 3, 4)
 _STAGES_2_TO_5 = (1, 2, 3, 4)
 _FAMILIES: dict[type[DetectorConfig], _Family] = {
@@ -271,4 +287,6 @@ _FAMILIES: dict[type[DetectorConfig], _Family] = {
     CenterMaskConfig: _Family("segment", _STAGES_3_TO_5, _build_centermask),
     RCNNConfig: _Family("detect", _STAGES_2_TO_5, _build_faster_rcnn),
     MaskRCNNConfig: _Family("segment", _STAGES_2_TO_5, _build_mask_rcnn),
+    RefineDetConfig: _Family("detect", _STAGES_3_TO_5, _build_refinedet),
+    DSODConfig: _Family("detect", _STAGES_3_TO_4, _build_dsod),
 }

@@ -4,11 +4,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vovnet.data.check import load_checked
-from vovnet.data.coco import find_split
+from vovnet.classify import Classifier, is_classifier
+from vovnet.data.formats import load_split
 from vovnet.data.labels import has_masks
 from vovnet.errors import ConfigError
 from vovnet.evaluation import IouType, evaluate_coco, predict_images
+from vovnet.evaluation_classes import evaluate_classes, load_known_classes, predict_logits
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, load_config
 from vovnet.predict import Predictor
@@ -24,12 +25,14 @@ def measure_accuracy(
     device: str = "auto",
     bootstrap: int = 200,
 ) -> Accuracy:
-    """Mask AP of a segmenter on labelled masks, else box AP, as `vovnet val` measures it.
+    """Top-1 of a classifier, mask AP of a segmenter on labelled masks, else box AP.
 
-    Raises ConfigError where the classes are not the model's or nothing is labelled, and DataError
-    on a data set that is not complete and right.
+    All as `vovnet val` measures them. Raises ConfigError where the classes are not the model's or
+    nothing is labelled, and DataError on a data set that is not complete and right.
     """
-    data, _ = load_checked(*find_split(data_dir, split), read_pixels=False)
+    if is_classifier(folder):
+        return _measure_classifier(folder, data_dir, split, engine, device, bootstrap)
+    data, _ = load_split(data_dir, split, read_pixels=False)
     predictor = Predictor.load(folder, engine=engine, device=device, score_threshold=0.0)
     if predictor.class_names != data.class_names:
         raise ConfigError(
@@ -52,6 +55,23 @@ def measure_accuracy(
     return Accuracy(
         value=figures.ap,
         metric="mask AP" if masks else "box AP",
+        data=printable(f"{data_dir.resolve().name} {split}"),
+        low=low,
+        high=high,
+    )
+
+
+def _measure_classifier(
+    folder: Path, data_dir: Path, split: str, engine: str, device: str, bootstrap: int
+) -> Accuracy:
+    classifier = Classifier.load(folder, engine=engine, device=device)
+    data = load_known_classes(data_dir, split, classifier.class_names)
+    logits = predict_logits(classifier, data)
+    metrics = evaluate_classes(logits, data.labels, data.class_names, bootstrap=bootstrap)
+    low, high = metrics.top1_interval or (None, None)
+    return Accuracy(
+        value=metrics.top1,
+        metric="top-1",
         data=printable(f"{data_dir.resolve().name} {split}"),
         low=low,
         high=high,

@@ -3,21 +3,12 @@
 from collections.abc import Sequence
 from html import escape
 
+from vovnet.html_page import html_page, html_paragraphs, html_table
 from vovnet.profiling.plots import Plot
 from vovnet.profiling.records import ModelProfile, Profile
 from vovnet.profiling.report import COLUMNS, MISSING, figure, footing, milliseconds, reasons
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
-  color: #1c1c1c; background: #fff }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap }
-th { border-bottom: 1px solid #333 } td:first-child, th:first-child { text-align: left }
-figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption, .footing { color: #555; font-size: 13px }
-"""
+_STYLE = "figure svg { background: #fff }"  # matplotlib's ink is black
 
 
 def to_html(profile: Profile, plots: Sequence[Plot]) -> str:
@@ -25,24 +16,18 @@ def to_html(profile: Profile, plots: Sequence[Plot]) -> str:
     names = ", ".join(model.name for model in profile.models)
     parts = [
         f"<h1>What an image costs: {escape(names)}</h1>",
-        _paragraphs(footing(profile)[:1]),
+        html_paragraphs(footing(profile)[:1]),
         "<h2>Networks</h2>",
         _network_table(profile),
-        _paragraphs(reasons(profile)),
+        html_paragraphs(reasons(profile)),
     ]
     if profile.ratios:
-        parts += ["<h2>Ratios of times</h2>", _paragraphs([r.format() for r in profile.ratios])]
+        parts += ["<h2>Ratios of times</h2>", html_paragraphs([r.format() for r in profile.ratios])]
     parts += [_plot_part(plot, profile) for plot in plots]
     for model in profile.models:
         parts += _model_parts(model, profile)
-    parts += ["<h2>Method</h2>", _paragraphs(footing(profile))]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(names)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+    parts += ["<h2>Method</h2>", html_paragraphs(footing(profile))]
+    return html_page(names, parts, style=_STYLE)
 
 
 def _network_table(profile: Profile) -> str:
@@ -53,7 +38,7 @@ def _network_table(profile: Profile) -> str:
     ]
     used = [index for index in range(len(COLUMNS)) if any(row[index] != MISSING for row in rows)]
     header = [COLUMNS[index][0] for index in used]
-    return _table(header, [[row[index] for index in used] for row in rows])
+    return html_table(header, [[row[index] for index in used] for row in rows])
 
 
 def _plot_part(plot: Plot, profile: Profile) -> str:
@@ -76,7 +61,7 @@ def _model_parts(model: ModelProfile, profile: Profile) -> list[str]:
     if stages:
         rows = [[name, times.format()] for name, times in stages.items()]
         parts += [f"<h2>{escape(model.name)}: one image, file to results</h2>"]
-        parts += [_table(["stage", "time"], rows)]
+        parts += [html_table(["stage", "time"], rows)]
     if model.layers:
         rows = [
             [
@@ -94,8 +79,8 @@ def _model_parts(model: ModelProfile, profile: Profile) -> list[str]:
         ]
         header = ["layer", "kind", "ms", "MFLOP", "memory MB", "flops/byte", "GFLOP/s"]
         parts += [f"<h2>{escape(model.name)}: every layer</h2>"]
-        parts += [_table([*header, "bound by", "of ceiling"], rows)]
-        parts += [_paragraphs([_ceiling_line(profile)])]
+        parts += [html_table([*header, "bound by", "of ceiling"], rows)]
+        parts += [html_paragraphs([_ceiling_line(profile)])]
     return parts
 
 
@@ -108,15 +93,3 @@ def _ceiling_line(profile: Profile) -> str:
         f"Ceilings of {ceilings['device']} with {ceilings['threads']} threads, measured "
         f"{ceilings['date']}: {rates}, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s copied."
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _paragraphs(lines: Sequence[str]) -> str:
-    return "\n".join(f'<p class="footing">{escape(line)}</p>' for line in lines)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from vovnet.errors import ConfigError
 from vovnet.images import read_image
-from vovnet.model_folder import load_config
 from vovnet.predict import Predictor
 from vovnet.profiling.compare import Comparison, Ratio, Sampling, interleave
 from vovnet.profiling.energy import EnergyResult, Meter, MeterError, find_meter, measure_energy
@@ -35,9 +34,9 @@ from vovnet.profiling.target import (
     DEFAULT_SIDES,
     Network,
     Target,
+    known_accuracy,
     open_network,
     picture,
-    recorded_accuracy,
 )
 from vovnet.runtime.engine import ENGINES
 from vovnet.runtime.torch import choose_device
@@ -377,13 +376,12 @@ def _model_profile(
             target, results[0], network, ceilings=ceilings, rounds=settings.layer_rounds
         )
     stages, cold_start = _end_to_end(target, results[0], settings)
-    folder = target.path if target.kind == "folder" else None
     return ModelProfile(
         name=target.name,
         kind=target.kind,
         task=target.task,
         input="random pixels" if settings.image is None else printable(settings.image.name),
-        accuracy=None if folder is None else recorded_accuracy(load_config(folder)),
+        accuracy=known_accuracy(target),
         results=results,
         stages=stages,
         cold_start=cold_start,

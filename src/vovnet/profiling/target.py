@@ -19,6 +19,7 @@ from vovnet.models.zoo import create_model, list_models, task_of
 from vovnet.predict import Predictor
 from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
+from vovnet.published import PUBLISHED, find_published
 from vovnet.runtime.torch import build_model, choose_device, set_threads
 
 DEFAULT_SIDES = {"classify": 224, "detect": 512, "segment": 512}
@@ -69,6 +70,8 @@ def find_target(text: str) -> Target:
         return Target(name, "folder", load_config(folder).task, folder)
     if text in list_models():
         return Target(text, "architecture", task_of(text))
+    if find_published(text) is not None:  # with its tag: weights of known accuracy
+        return Target(text, "architecture", "classify")
     if path.exists():
         resolve_model(text)  # says what a model folder holds
     try:
@@ -123,7 +126,8 @@ def load_module(target: Target, *, device: torch.device | None = None) -> nn.Mod
         module = build_model(target.path)
     else:
         with torch.device(device or "cpu"):
-            module = create_model(target.name)
+            # Weights change no cost, so that published ones need not be fetched.
+            module = create_model(find_published(target.name) or target.name)
     return module.eval().to(device or "cpu")
 
 
@@ -206,6 +210,20 @@ def image_shape(shape: Sequence[Any], point: Point) -> list[int]:
     return [one if isinstance(one, int) else want for one, want in zip(shape, wanted, strict=True)]
 
 
+def known_accuracy(target: Target) -> Accuracy | None:
+    """The figure that a model folder records, or that timm publishes of weights named with their
+    tag; None of anything else.
+    """
+    if target.kind == "folder" and target.path is not None:
+        return recorded_accuracy(load_config(target.path))
+    variant = find_published(target.name) if target.kind == "architecture" else None
+    if variant is None or variant == target.name:
+        return None
+    weights = PUBLISHED[variant]
+    data = f"ImageNet-1k val at {weights.image_size} x {weights.image_size} (timm's figure)"
+    return Accuracy(value=weights.top1_percent / 100, metric="top-1", data=data)
+
+
 def recorded_accuracy(config: ModelConfig) -> Accuracy | None:
     """The figure that a model folder records, of the test split before the validation split.
 
@@ -214,10 +232,11 @@ def recorded_accuracy(config: ModelConfig) -> Accuracy | None:
     data = printable(str(config.training.get("data") or "unnamed data"))
     order = {"test": 0, "val": 1}
     for split in sorted(config.metrics, key=lambda name: order.get(name, 2)):
-        figures = config.metrics[split]
+        found = config.metrics[split]
+        figures = found if isinstance(found, Mapping) else {}
         for key, metric in (("mask", "mask AP"), ("box", "box AP"), ("top1", "top-1")):
-            part = figures.get(key) if isinstance(figures, Mapping) else None
-            given = part if isinstance(part, Mapping) else {"ap": part}
+            part, interval = figures.get(key), figures.get(f"{key}_interval")
+            given = part if isinstance(part, Mapping) else {"ap": part, "ap_interval": interval}
             value, interval = given.get("ap"), given.get("ap_interval")
             if not _is_share(value) or not (interval is None or _is_interval(interval)):
                 continue

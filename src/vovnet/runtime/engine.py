@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 from vovnet import _lazy
 from vovnet.errors import ConfigError
 from vovnet.model_folder import resolve_model
+from vovnet.published import find_published
 
 ENGINES = ("auto", *_lazy.ENGINES)
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class Engine(Protocol):
-    """A loaded network: a batch of pictures in, the arrays of DeployGraph out.
+    """A loaded network: a batch of pictures in, the arrays of DeployGraph or ClassifierGraph out.
 
     name            of ENGINES
     precision       what the convolutions compute in
     device          cpu, cuda:0, ...
-    max_detections  K, the padded number of detections of an image
+    max_detections  K, the padded number of detections of an image; 0 of a classifier
     has_masks       whether mask_probs and mask_scores are among the results
     """
 
@@ -35,8 +36,9 @@ class Engine(Protocol):
         """images (B, H, W, 3) RGB, sizes (B, 2) height and width of the picture in each.
 
         Returns boxes (B, K, 4) xyxy in pixels of the images, scores, labels, valid (B, K) and,
-        of a segmenter, mask_probs (B, K, 28, 28) and mask_scores (B, K). The results are complete
-        when it returns.
+        of a segmenter, mask_probs (B, K, 28, 28) and mask_scores (B, K). A classifier returns
+        logits (B, C) and embedding (B, F), a backbone the embedding alone. The results are
+        complete when it returns.
         """
 
 
@@ -49,7 +51,7 @@ def load_engine(
     threads: int | None = None,
     settings: Mapping[str, object] | None = None,
 ) -> Engine:
-    """An engine with the network of a model folder or a bundled model.
+    """An engine with the network of a model folder, a bundled model or published weights.
 
     engine and precision `auto` choose by what the machine has. threads sets the CPU threads of the
     process. settings go over the folder's own settings of the network (min_score, max_detections).
@@ -62,8 +64,9 @@ def load_engine(
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
     load = cast(Callable[..., Engine], _lazy.load(_lazy.ENGINES[name]))
+    is_published = find_published(folder_or_name) is not None
     return load(
-        resolve_model(folder_or_name),
+        folder_or_name if is_published else resolve_model(folder_or_name),
         precision=precision,
         device=device,
         threads=threads,

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from vovnet.errors import ConfigError
 from vovnet.model_folder import load_config, load_tensors
-from vovnet.models.deploy import DeployGraph, fold_batch_norms
+from vovnet.models.deploy import ClassifierGraph, DeployGraph, fold_batch_norms
+from vovnet.models.vovnet import VoVNet
 from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
+from vovnet.published import find_published, published_preprocess
 
 MAX_THREADS = 1024
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,16 +27,20 @@ class TorchEngine:
     name = "torch"
 
     def __init__(
-        self, graph: DeployGraph, *, device: torch.device, precision: str = "fp32"
+        self,
+        graph: DeployGraph | ClassifierGraph,
+        *,
+        device: torch.device,
+        precision: str = "fp32",
     ) -> None:
         if precision == "fp16" and device.type == "cpu":
             raise ConfigError("precision: expected fp32 or bf16 on the CPU, got 'fp16'")
-        self.graph = graph.to(device).to(memory_format=torch.channels_last)
+        self.graph = graph.eval().to(device).to(memory_format=torch.channels_last)
         self.precision = precision
         self.device = str(device)
-        config: Any = graph.detector.config
-        self.max_detections: int = config.max_detections
-        self.has_masks: bool = graph.detector.has_masks  # type: ignore[assignment]
+        detector: Any = graph.detector if isinstance(graph, DeployGraph) else None
+        self.max_detections: int = detector.config.max_detections if detector else 0
+        self.has_masks: bool = detector is not None and detector.has_masks
 
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """As Engine.infer; copying the results to the CPU waits for the device."""
@@ -48,20 +54,34 @@ class TorchEngine:
 
 
 def load(
-    folder: Path,
+    model: str | Path,
     *,
     precision: str,
     device: str,
     threads: int | None,
     settings: Mapping[str, object],
 ) -> TorchEngine:
-    """The engine of a model folder, BatchNorm folded; fp32 unless stated. Raises ConfigError."""
+    """The engine of a model folder or of published weights by their name, BatchNorm folded; fp32
+    unless stated.
+
+    Raises ConfigError.
+    """
     chosen = choose_device(device)
     set_threads(threads)
-    model = build_model(folder, overrides=settings)
-    fold_batch_norms(model)
-    preprocess = Preprocess.from_dict(load_config(folder).preprocess)
-    graph = DeployGraph(model, mean=preprocess.mean, std=preprocess.std).eval()
+    variant = find_published(model)
+    if variant is None:
+        folder = Path(model)
+        network = build_model(folder, overrides=settings)
+        preprocess = Preprocess.from_dict(load_config(folder).preprocess)
+    else:
+        network = create_model(variant, pretrained=True, overrides=settings).eval()
+        preprocess = published_preprocess(variant)
+    fold_batch_norms(network)
+    mean, std = preprocess.mean, preprocess.std
+    if isinstance(network, VoVNet):
+        graph: ClassifierGraph | DeployGraph = ClassifierGraph(network, mean=mean, std=std)
+    else:
+        graph = DeployGraph(network, mean=mean, std=std)
     return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
 
 

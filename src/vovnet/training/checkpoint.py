@@ -16,7 +16,7 @@ from torch import Tensor
 from vovnet.errors import ConfigError
 from vovnet.files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class Position:
     evaluated_step: int = 0  # step at the latest evaluation
     best_metric: float = -1.0
     best_step: int = 0
+    evaluations_since_best: int = 0
     window_steps: int = 0  # steps since the latest line of metrics.jsonl
     window_losses: dict[str, float] = field(default_factory=dict)  # their sums over these steps
 
@@ -39,7 +40,7 @@ class Position:
 class Checkpoint:
     """The content of a checkpoint file."""
 
-    model: dict[str, Tensor]
+    model: dict[str, Tensor]  # and what is learnt beside it, such as a teacher's projection
     ema: dict[str, Any]
     optimizer: dict[str, Any]
     position: Position

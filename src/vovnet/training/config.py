@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,7 @@ from vovnet import _lazy
 from vovnet.errors import ConfigError
 
 DEFAULT_EPOCHS = 50.0
+DEFAULT_CLASSIFIER = "ese_vovnet19b_slim"
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 20
 _RECIPES = Path(__file__).parent.parent / "recipes"
@@ -21,6 +22,11 @@ _EXCLUSIVE = (
     ("eval_every_epochs", "eval_every_minutes"),
     ("warmup_fraction", "warmup_steps"),
 )
+_CLASSIFIERS_ONLY = (
+    "test_image_size", "crop_fraction", "drop_rate", "class_balance", "teacher", "distill",
+    "teacher_weight",
+)  # fmt: skip
+_DETECTORS_ONLY = ("max_detections", "data_format")
 _NESTED = ("model_overrides", "preprocess", "augment")
 
 
@@ -32,6 +38,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    task: Literal["classify", "detect", "segment"] | None = Field(
+        None, description="what the model does; none: as its name says"
+    )
     model: str = Field("centermask_lite_ese_vovnet19b_slim", description="a name of list_models()")
     model_overrides: dict[str, Any] = Field(
         default_factory=dict, description="settings of the model that differ from its own defaults"
@@ -43,13 +52,46 @@ class TrainConfig(BaseModel):
         None, description="model folder or bundled model whose weights the training starts from"
     )
     data: str | None = Field(None, description="folder of the data set")
+    data_format: Literal["auto", "coco", "voc", "yolo"] = Field(
+        "auto", description="of the data set; auto: the one that lies in the folder"
+    )
     train_split: str = Field("train", description="name of the split to train on")
     val_split: str = Field("val", description="name of the split to evaluate on")
     preprocess: dict[str, Any] = Field(
         default_factory=dict, description="fields of Preprocess that differ from its defaults"
     )
     augment: dict[str, Any] = Field(
-        default_factory=dict, description="fields of TrainPreset that differ from its defaults"
+        default_factory=dict,
+        description="fields of TrainPreset, or of ClassPreset for a classifier, that differ from "
+        "their defaults",
+    )
+    image_size: int | None = Field(
+        None, ge=16, description="side of the square crops to train on; none: as augment says"
+    )
+    test_image_size: int | None = Field(
+        None, ge=16, description="side of a classifier's crop at evaluation; none: as in training"
+    )
+    crop_fraction: float = Field(
+        0.875, gt=0, le=1, description="of the shorter side that this crop shows"
+    )
+    freeze: int = Field(
+        0, ge=0, le=5, description="parts that stay as they are: 1 the stem, 2 stage 2 too, ..."
+    )
+    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="of the last residual branch")
+    drop_rate: float = Field(0.0, ge=0, lt=1, description="of the classifier's input")
+    class_balance: Literal["none", "loss", "sampler"] = Field(
+        "none", description="rare classes of a classifier count more, or are shown more often"
+    )
+    teacher: str | None = Field(
+        None,
+        description="what a classifier learns from beside the labels: a model folder, a published "
+        "name, timm:NAME, torchvision:NAME (each with @FILE of weights), or FILE.py:FUNCTION",
+    )
+    distill: Literal["auto", "logits", "features", "head"] = Field(
+        "auto", description="of the teacher; head: its features under a classifier fitted here"
+    )
+    teacher_weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="of the teacher's loss beside the labels'"
     )
 
     batch_size: int = Field(8, ge=1, description="images in a step")
@@ -63,8 +105,14 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(
         0.01, gt=0, allow_inf_nan=False, description="its highest value, after the warm-up"
     )
+    nesterov: bool = Field(False, description="SGD looks ahead")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum, AdamW's first beta")
     weight_decay: float = Field(1e-4, ge=0, description="of all weights but norms and biases")
+    drops_at: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list,
+        description="shares of the training at which the learning rate falls to a tenth; none: it "
+        "follows half a cosine",
+    )
     warmup_fraction: float | None = Field(
         None, ge=0, lt=1, description="share of the training with a rising learning rate"
     )
@@ -91,11 +139,15 @@ class TrainConfig(BaseModel):
 
     eval_every_epochs: int | None = Field(None, ge=1, description="epochs between evaluations")
     eval_every_minutes: float | None = Field(None, gt=0, description="minutes between evaluations")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations without a better one after which a training ends"
+    )
     max_detections: int = Field(
         100, ge=1, description="largest number of objects found in an image, and AP's limit"
     )
     log_every_steps: int = Field(20, ge=1, description="steps between two lines of metrics.jsonl")
     checkpoint_every_minutes: float = Field(5.0, ge=0, description="minutes between checkpoints")
+    tensorboard: bool = Field(False, description="write the figures for TensorBoard too")
     export_half: bool = Field(False, description="store the model's weights in 16 bits")
     licence: str = Field("not stated", description="of the trained weights, for the model's card")
     name: str | None = Field(None, description="of the run folder; none: the model's name")
@@ -110,6 +162,8 @@ class TrainConfig(BaseModel):
         for first, second in _EXCLUSIVE:
             if values.get(first) is None and values.get(second) is None:
                 values = {**values, first: defaults[first]}
+        if values.get("model") is None and values.get("task") == "classify":
+            values = {**values, "model": DEFAULT_CLASSIFIER}
         return values
 
     @model_validator(mode="after")
@@ -117,7 +171,22 @@ class TrainConfig(BaseModel):
         for first, second in _EXCLUSIVE:
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"expected one of {first} and {second}, found both")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("expected nesterov with sgd and a momentum alone")
         return self
+
+
+def check_task(config: TrainConfig, task: str) -> None:
+    """Raise ConfigError on another task than the config's, and on settings without use for it."""
+    if config.task not in (None, task):
+        raise ConfigError(
+            f"model: expected one to {config.task}, got {config.model}, which is one to {task}"
+        )
+    useless = _DETECTORS_ONLY if task == "classify" else _CLASSIFIERS_ONLY
+    for name in useless:
+        value = getattr(config, name)
+        if value != TrainConfig.model_fields[name].default:
+            raise ConfigError(f"{name}: expected none for a model to {task}, got {value!r}")
 
 
 def list_recipes() -> list[str]:

@@ -5,30 +5,32 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vovnet.data.augment import TrainBatch, collate_train
 from vovnet.errors import TrainingError
 from vovnet.training.checkpoint import Position
 from vovnet.training.optim import Ema, learning_rate_factor, set_learning_rate
-from vovnet.training.step import LossStep, total_loss
+from vovnet.training.step import Batch, total_loss
+from vovnet.training.world import ALONE, World
 
 
 class EpochDataset(Protocol):
     """A data set whose samples depend on the epoch."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the samples of an epoch."""
+    def set_place(self, epoch: int, progress: float) -> None:
+        """Choose the samples of an epoch; progress is the share of the training done, 0..1."""
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Schedule:
     warmup_fraction: float | None
     warmup_steps: int | None
     budget: Budget
+    drops_at: Sequence[float] = ()  # shares of the training; none: half a cosine
 
     def at(self, position: Position) -> float:
         """Learning rate of the step that follows `position`."""
@@ -62,6 +65,7 @@ class Schedule:
             position.step,
             warmup_fraction=self.warmup_fraction,
             warmup_steps=self.warmup_steps,
+            drops_at=self.drops_at,
         )
 
 
@@ -73,58 +77,64 @@ class StepRecord:
     learning_rate: float
     gradient_norm: float
     num_images: int
+    waited_s: float = field(compare=False)  # for the batch
 
 
 def train_steps(
-    loss_step: LossStep,
+    loss_step: nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: Ema,
     *,
-    batches_of: Callable[[int, int], Iterable[TrainBatch]],
+    batches: Iterable[Batch],
     batches_per_epoch: int,
     position: Position,
     schedule: Schedule,
     clip_norm: float | None,
     autocast_dtype: torch.dtype | None,
     device: torch.device,
+    world: World = ALONE,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[StepRecord]:
     """Train from `position` to the end of the schedule's budget, giving a record after each step.
 
-    `batches_of(epoch, first_batch)` gives the batches of an epoch from one of them on. `position`
-    moves along and is exact whenever a record is given: a checkpoint of then goes on from there.
+    `loss_step` computes the losses of `model`, of which `ema` keeps the average. `batches` goes on
+    from `position` without end; the budget's seconds are those of `clock`. `position` moves along
+    and is exact whenever a record is given: a checkpoint of then goes on from there.
     Raises TrainingError naming the batch's images when a loss or a gradient is not finite.
     """
-    started_s = time.monotonic() - position.spent_s
+    started_s = clock() - position.spent_s
+    if position.batch >= batches_per_epoch:  # resumed with fewer images than before
+        position.epoch, position.batch = position.epoch + 1, 0
+    stream = iter(batches)
     while schedule.budget.spent_fraction(position) < 1.0:
-        if position.batch >= batches_per_epoch:  # resumed with fewer images than before
+        asked_s = time.monotonic()
+        batch = next(stream)
+        waited_s = time.monotonic() - asked_s
+        learning_rate = schedule.at(position)
+        set_learning_rate(optimizer, learning_rate)
+        loss_step.train()
+        losses, gradient_norm = train_step(
+            loss_step,
+            optimizer,
+            batch,
+            clip_norm=clip_norm,
+            autocast_dtype=autocast_dtype,
+            device=device,
+        )
+        ema.update(model)
+        position.step += 1
+        position.batch += 1
+        if position.batch >= batches_per_epoch:
             position.epoch, position.batch = position.epoch + 1, 0
-        for batch in batches_of(position.epoch, position.batch):
-            learning_rate = schedule.at(position)
-            set_learning_rate(optimizer, learning_rate)
-            loss_step.train()
-            losses, gradient_norm = train_step(
-                loss_step,
-                optimizer,
-                batch,
-                clip_norm=clip_norm,
-                autocast_dtype=autocast_dtype,
-                device=device,
-            )
-            ema.update(loss_step.detector)
-            position.step += 1
-            position.batch += 1
-            if position.batch == batches_per_epoch:
-                position.epoch, position.batch = position.epoch + 1, 0
-            position.spent_s = time.monotonic() - started_s
-            yield StepRecord(losses, learning_rate, gradient_norm, len(batch.paths))
-            if schedule.budget.spent_fraction(position) >= 1.0:
-                return
+        (position.spent_s,) = world.share([clock() - started_s])
+        yield StepRecord(losses, learning_rate, gradient_norm, len(batch.paths), waited_s)
 
 
 def train_step(
-    loss_step: LossStep,
+    loss_step: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: TrainBatch,
+    batch: Batch,
     *,
     clip_norm: float | None,
     autocast_dtype: torch.dtype | None,
@@ -184,19 +194,85 @@ def count_batches(num_images: int, batch_size: int) -> int:
     return max(1, num_images // batch_size)
 
 
-def epoch_batches(
-    dataset: EpochDataset, *, epoch: int, first_batch: int, batch_size: int, seed: int, workers: int
-) -> DataLoader[TrainBatch]:
-    """The batches of an epoch from `first_batch` on; those before it are not even loaded."""
-    dataset.set_epoch(epoch)
-    order = epoch_order(len(dataset), seed=seed, epoch=epoch)
-    starts = range(0, count_batches(len(order), batch_size) * batch_size, batch_size)
-    batches = [order[start : start + batch_size] for start in starts]
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One sample of a training."""
+
+    epoch: int
+    index: int
+    progress: float
+
+
+class _PlacedDataset(Dataset[Any]):
+    """A data set asked for by places; loading processes keep it, and what it holds, to the end."""
+
+    def __init__(self, dataset: EpochDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, place: _Place) -> Any:
+        self.dataset.set_place(place.epoch, place.progress)
+        return self.dataset[place.index]
+
+
+class _EndlessBatches(Sampler[list[_Place]]):
+    """The places of each batch, epoch after epoch; of the others' batches this process has none."""
+
+    def __init__(
+        self,
+        order_of: Callable[[int], Sequence[int]],
+        *,
+        batch_size: int,
+        epoch: int,
+        first_batch: int,
+        progress_at: Callable[[int, int], float],
+        world: World,
+    ) -> None:
+        self.order_of, self.batch_size = order_of, batch_size
+        self.epoch, self.first_batch = epoch, first_batch
+        self.progress_at, self.world = progress_at, world
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        epoch, first = self.epoch, self.first_batch
+        while True:
+            order = self.order_of(epoch)
+            for number in range(first, count_batches(len(order), self.batch_size)):
+                start = number * self.batch_size
+                mine = order[start : start + self.batch_size][self.world.rank :: self.world.size]
+                progress = self.progress_at(epoch, number)
+                yield [_Place(epoch, index, progress) for index in mine]
+            epoch, first = epoch + 1, 0
+
+
+def endless_batches(
+    dataset: EpochDataset,
+    collate: Callable[[Sequence[Any]], Batch],
+    order_of: Callable[[int], Sequence[int]],
+    *,
+    position: Position,
+    batch_size: int,
+    progress_at: Callable[[int, int], float],
+    workers: int,
+    seed: int,
+    world: World = ALONE,
+) -> DataLoader[Any]:
+    """Batches from `position` on, without end or pause; those before it are not even loaded.
+
+    order_of(epoch) gives the indices of an epoch, progress_at(epoch, batch) the share of the
+    training done when that batch begins. batch_size counts the images of all processes together.
+    """
+    sampler = _EndlessBatches(
+        order_of,
+        batch_size=batch_size,
+        epoch=position.epoch,
+        first_batch=position.batch,
+        progress_at=progress_at,
+        world=world,
+    )
     return DataLoader(
-        cast(Dataset[TrainBatch], dataset),
-        batch_sampler=batches[first_batch:],
+        _PlacedDataset(dataset),
+        batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate_train,
+        collate_fn=collate,
         worker_init_fn=detach_worker,
         # Its own generator: the loader would draw from the global one, once for each start.
         generator=torch.Generator().manual_seed(seed),

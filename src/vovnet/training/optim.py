@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ def build_optimizer(
     learning_rate: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool = False,
 ) -> torch.optim.Optimizer:
     """Optimizer over the trainable parameters in two groups: decayed weights, and all others.
 
@@ -32,23 +33,31 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=nesterov)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
 
 
 def learning_rate_factor(
-    progress: float, step: int, *, warmup_fraction: float | None, warmup_steps: int | None
+    progress: float,
+    step: int,
+    *,
+    warmup_fraction: float | None,
+    warmup_steps: int | None,
+    drops_at: Sequence[float] = (),
 ) -> float:
     """Share of the full learning rate: a linear rise, then half a cosine down to 1 %.
 
     `progress` is the spent share of the training in 0..1, `step` the number of finished steps;
     the rise lasts `warmup_steps` steps where that is given, else `warmup_fraction` of the training.
+    With `drops_at` it falls to a tenth at each of these shares of the training instead.
     """
     if warmup_steps is not None:
         risen = (step + 1) / warmup_steps if warmup_steps else 1.0
     else:
         risen = progress / warmup_fraction if warmup_fraction else 1.0
     rise = _FIRST_FACTOR + (1.0 - _FIRST_FACTOR) * min(risen, 1.0)
+    if drops_at:
+        return rise * 0.1 ** sum(progress >= drop for drop in drops_at)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
     return rise * (_LAST_FACTOR + (1.0 - _LAST_FACTOR) * cosine)
 

@@ -3,7 +3,7 @@
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,6 +68,46 @@ class ProgressReport:
             self.message(describe_step(record))
 
 
+class SilentReport(ProgressReport):
+    """Shows nothing: for the processes beside the one that does."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+
+
+class TensorboardLog:
+    """The records as TensorBoard's event files in the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard: expected the package tensorboard, found none; install vovnet with "
+                "its extra: vovnet[train]"
+            ) from error
+        self._writer = tensorboard.SummaryWriter(str(folder))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Every number of a record, by the path of its keys."""
+        for name, value in _numbers(record):
+            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key not in ("kind", "step"):
+            yield f"{prefix}{key}", float(value)
+
+
 def describe_step(record: Record) -> str:
     """One line: where the training is, each loss, learning rate, speed, and the time left."""
     losses = " ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
@@ -126,13 +166,12 @@ def draw_curves(path: Path, records: Sequence[Record]) -> None:
         points = [(r["step"], r["losses"].get(name)) for r in steps]
         losses.plot(*zip(*points, strict=True), label=name)
     rates.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
-    for kind in ("box", "mask"):
-        found = [r for r in evaluations if kind in r["metrics"]]
-        for key in ("ap", "ap50"):
-            values = [r["metrics"][kind][key] for r in found]
-            if any(value is not None for value in values):
-                label = f"{kind} {key.upper()}"
-                accuracy.plot([r["step"] for r in found], values, marker=".", label=label)
+    for keys in (("box", "ap"), ("box", "ap50"), ("mask", "ap"), ("mask", "ap50"), ("top1",)):
+        points = [(r["step"], _at(r["metrics"], keys)) for r in evaluations]
+        found = [(step, value) for step, value in points if value is not None]
+        if found:
+            label = " ".join(part if part in ("box", "mask") else part.upper() for part in keys)
+            accuracy.plot(*zip(*found, strict=True), marker=".", label=label)
     for axes, title in ((losses, "losses"), (rates, "learning rate"), (accuracy, "validation")):
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
@@ -140,3 +179,10 @@ def draw_curves(path: Path, records: Sequence[Record]) -> None:
             axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def _at(values: Any, keys: Sequence[str]) -> Any:
+    """The value under nested keys, None where there is none."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values

@@ -3,31 +3,23 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from vovnet.data.augment import TrainBatch, TrainDataset, TrainPreset
-from vovnet.data.labels import DetectionData
 from vovnet.errors import ConfigError
-from vovnet.evaluation import Metrics
 from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import save_model_folder
-from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors
-from vovnet.preprocess import Preprocess
+from vovnet.models.zoo import task_of
 from vovnet.runtime.torch import choose_device, set_threads
-from vovnet.training.build import (
-    build_detector,
-    build_preprocess,
-    iou_types_of,
-    load_splits,
-)
+from vovnet.training.build import frozen_parts
 from vovnet.training.checkpoint import (
     Checkpoint,
     Position,
@@ -39,27 +31,27 @@ from vovnet.training.checkpoint import (
     save_checkpoint,
     save_plain,
 )
-from vovnet.training.config import TrainConfig, config_to_yaml, parse_config
+from vovnet.training.classify import ClassifierTask
+from vovnet.training.config import TrainConfig, check_task, config_to_yaml, parse_config
+from vovnet.training.detect import DetectorTask
 from vovnet.training.loop import (
     Budget,
+    EpochDataset,
     Schedule,
     StepRecord,
     StopSignals,
     autocast_dtype,
     count_batches,
-    epoch_batches,
+    endless_batches,
     train_steps,
 )
 from vovnet.training.optim import Ema, build_optimizer
-from vovnet.training.package import (
-    build_model_config,
-    evaluate_model,
-    model_card,
-    stored_tensor,
-)
+from vovnet.training.package import stored_tensor
 from vovnet.training.report import (
     ProgressReport,
     Record,
+    SilentReport,
+    TensorboardLog,
     append_record,
     draw_curves,
     drop_records_after,
@@ -67,6 +59,8 @@ from vovnet.training.report import (
     require_matplotlib,
 )
 from vovnet.training.step import LossStep
+from vovnet.training.task import Metrics, Task
+from vovnet.training.world import World, joined_world
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 FINAL_RESAMPLES = 200
@@ -78,9 +72,18 @@ _FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+TASKS: dict[str, Callable[..., Task]] = {
+    "classify": ClassifierTask,
+    "detect": DetectorTask,
+    "segment": DetectorTask,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a training ended; without metrics and model folder when it was interrupted."""
+    """How a training ended; without metrics and model folder when it was interrupted, and in all
+    processes but the first.
+    """
 
     run_dir: Path
     interrupted_by: int | None = None  # number of the signal
@@ -98,17 +101,19 @@ class _Run:
     """What the parts of one training share; only the contents of `position` change."""
 
     config: TrainConfig
+    task: Task
     folder: Path
     device: torch.device
-    preprocess: Preprocess
-    val_data: DetectionData
+    model: nn.Module
     loss_step: LossStep
     optimizer: torch.optim.Optimizer
     ema: Ema
     position: Position
     report: ProgressReport
-    # Images and seconds of the latest steps, for the speed that is shown.
-    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=20))
+    tensorboard: TensorboardLog | None = None
+    world: World
+    # Images, seconds, and seconds of waiting for data of the latest steps, for what is shown.
+    recent: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=20))
 
 
 def train(
@@ -121,89 +126,134 @@ def train(
     """Train as `config` says, in a new run folder or, from a checkpoint, in the one it lies in.
 
     `resume` is a run folder or a last.pt in one. Leaves last.pt, best.pt, metrics.jsonl,
-    curves.png, config.yaml and the model folder `model` there. Raises ConfigError, DataError for
-    bad data (unless `skip_bad` leaves it out), and TrainingError for a loss that is not finite.
+    curves.png, config.yaml and the model folder `model` there. Under torchrun all processes train
+    together. Raises ConfigError, DataError for bad data (unless `skip_bad` leaves it out), and
+    TrainingError for a loss that is not finite.
     """
     require_matplotlib()
-    report = report or ProgressReport()
-    preprocess = build_preprocess(config)
-    preset = TrainPreset.from_dict(config.augment)
+    device = choose_device(config.device)
+    with joined_world(device.type) as world:
+        if config.batch_size % world.size:
+            raise ConfigError(
+                f"batch_size: expected a multiple of the {world.size} processes, "
+                f"got {config.batch_size}"
+            )
+        if device.type == "cuda" and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
+        shown = (report or ProgressReport()) if world.is_main else SilentReport()
+        return _train(config, resume, skip_bad, shown, device, world)
+
+
+def _train(
+    config: TrainConfig,
+    resume: Path | None,
+    skip_bad: bool,
+    report: ProgressReport,
+    device: torch.device,
+    world: World,
+) -> TrainResult:
     checkpoint_file = None if resume is None else _checkpoint_file(resume)
     checkpoint = None if checkpoint_file is None else load_checkpoint(checkpoint_file)
     if checkpoint is not None:
         _check_same_training(config, checkpoint.config, where=str(checkpoint_file))
-    train_data, val_data, skipped = load_splits(config, skip_bad=skip_bad)
+    found = task_of(config.model)
+    check_task(config, found)
     set_threads(config.threads)
-    run = _prepare(config, preprocess, val_data, report)
+    task = TASKS[found](config, skip_bad=skip_bad, device=device)
+    run = _prepare(config, task, device, report, world)
     # Nothing is written before all this has succeeded: a refused start leaves no trace.
-    if checkpoint is None or checkpoint_file is None:
-        folder = new_run_dir(Path(config.runs_dir), config.name or config.model)
-        run = replace(run, folder=folder)
-    else:
-        folder = checkpoint_file.parent
-        run = replace(run, folder=folder)
+    if checkpoint_file is not None:
+        run = replace(run, folder=checkpoint_file.parent)
+    elif world.is_main:
+        run = replace(run, folder=new_run_dir(Path(config.runs_dir), config.name or config.model))
+    if checkpoint is not None:
         _restore(run, checkpoint)
-    atomic_write_text(folder / "config.yaml", config_to_yaml(config))
-    if skipped:
-        atomic_write_text(folder / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-        report.message(f"left out {len(skipped)} bad entries, see {folder / 'skipped.txt'}")
-    dataset = TrainDataset(train_data, preprocess, preset=preset, seed=config.seed)
+    else:
+        run.position.spent_s = task.spent_s
+    if world.is_main:
+        atomic_write_text(run.folder / "config.yaml", config_to_yaml(config))
+        if config.tensorboard:
+            run = replace(run, tensorboard=TensorboardLog(run.folder))
+        if task.skipped:
+            atomic_write_text(run.folder / "skipped.txt", "".join(f"{x}\n" for x in task.skipped))
+            report.message(
+                f"left out {len(task.skipped)} bad entries, see {run.folder / 'skipped.txt'}"
+            )
     report.message(
-        f"{folder}: {config.model}, {len(train_data.images)} images to train on, "
-        f"{len(val_data.images)} to evaluate on, {run.device}"
+        f"{run.folder}: {config.model}, {task.num_train} images to train on, "
+        f"{task.num_val} to evaluate on, {run.device}"
+        + (f", {world.size} processes" if world.size > 1 else "")
     )
-    interrupted_by = _train_and_evaluate(run, dataset)
+    interrupted_by = _train_and_evaluate(run)
     if interrupted_by is not None:
-        report.message(f"interrupted; go on with --resume {folder}")
-        return TrainResult(run_dir=folder, interrupted_by=interrupted_by)
-    return _finish(run)
+        report.message(f"interrupted; go on with --resume {run.folder}")
+        return TrainResult(run_dir=run.folder, interrupted_by=interrupted_by)
+    return _finish(run) if world.is_main else TrainResult(run_dir=run.folder)
 
 
 def _prepare(
-    config: TrainConfig,
-    preprocess: Preprocess,
-    val_data: DetectionData,
-    report: ProgressReport,
+    config: TrainConfig, task: Task, device: torch.device, report: ProgressReport, world: World
 ) -> _Run:
     """Everything but the run folder, which the caller puts in."""
-    device = choose_device(config.device)
     torch.manual_seed(config.seed)
     np.random.seed(config.seed % 2**32)
-    detector = build_detector(config, len(val_data.class_names))
-    loss_step = LossStep(detector, Normalize(preprocess.mean, preprocess.std)).to(device)
+    model = task.build_model()
+    loss_step = task.loss_step(model, frozen_parts(model, config.freeze)).to(device)
     if config.channels_last:
         loss_step.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(
-        detector,
+        loss_step,
         config.optimizer,
         learning_rate=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
     )
+    # The same weights everywhere, but other draws (dropout, stochastic depth) in each process.
+    torch.manual_seed(config.seed + world.rank)
     return _Run(
         config=config,
+        task=task,
         folder=Path(),
         device=device,
-        preprocess=preprocess,
-        val_data=val_data,
+        model=model,
         loss_step=loss_step,
         optimizer=optimizer,
-        ema=Ema(detector, config.ema_decay),
+        ema=Ema(model, config.ema_decay),
         position=Position(),
         report=report,
+        world=world,
     )
 
 
-def _train_and_evaluate(run: _Run, dataset: TrainDataset) -> int | None:
+def _train_and_evaluate(run: _Run) -> int | None:
     """Train to the end, with evaluations and checkpoints; the signal's number when interrupted."""
     config, position = run.config, run.position
-    batches_per_epoch = count_batches(len(dataset), config.batch_size)
+    batches_per_epoch = count_batches(run.task.num_train, config.batch_size)
     budget = _budget(config, batches_per_epoch)
+
+    def progress_at(epoch: int, batch: int) -> float:
+        if budget.total_steps is None:
+            return budget.spent_fraction(position)
+        return min(1.0, (epoch * batches_per_epoch + batch) / budget.total_steps)
+
+    dataset: EpochDataset = run.task.dataset
     records = train_steps(
-        run.loss_step,
+        run.world.wrap(run.loss_step, run.device),
+        run.model,
         run.optimizer,
         run.ema,
-        batches_of=partial(_batches_of, dataset, config),
+        batches=endless_batches(
+            dataset,
+            run.task.collate,
+            run.task.order_of,
+            position=position,
+            batch_size=config.batch_size,
+            progress_at=progress_at,
+            workers=config.workers,
+            seed=config.seed,
+            world=run.world,
+        ),
         batches_per_epoch=batches_per_epoch,
         position=position,
         schedule=Schedule(
@@ -211,43 +261,50 @@ def _train_and_evaluate(run: _Run, dataset: TrainDataset) -> int | None:
             warmup_fraction=config.warmup_fraction,
             warmup_steps=config.warmup_steps,
             budget=budget,
+            drops_at=config.drops_at,
         ),
         clip_norm=config.clip_norm,
         autocast_dtype=autocast_dtype(config.precision, run.device),
         device=run.device,
+        world=run.world,
     )
     saved_s = position.spent_s
-    with StopSignals() as stop, run.report:
+    with StopSignals() as stop, run.report, run.tensorboard or nullcontext():
         # One may be left over from before: it was stopped by what ended the run resumed here.
         if _evaluation_due(run, budget) and not _evaluate_and_keep_best(run, stop):
             return stop.received
         finished_s = time.monotonic()
         for record in records:
-            run.recent.append((record.num_images, time.monotonic() - finished_s))
+            run.recent.append((record.num_images, time.monotonic() - finished_s, record.waited_s))
             epoch = position.epoch + position.batch / batches_per_epoch
             _log_step(run, record, epoch, budget.spent_fraction(position))
             evaluated = _evaluation_due(run, budget) and _evaluate_and_keep_best(run, stop)
+            received = _shared_signal(run, stop)
             due = position.spent_s - saved_s >= 60 * config.checkpoint_every_minutes
-            if evaluated or due or stop.received is not None:
+            if evaluated or due or received is not None:
                 _save(run)
                 saved_s = position.spent_s
-            if stop.received is not None:
-                return stop.received
+            if received is not None:
+                return received
+            if evaluated and _is_stale(run):
+                run.report.message(
+                    f"no better for {config.patience} evaluations: the best was step "
+                    f"{position.best_step}"
+                )
+                return None
             finished_s = time.monotonic()
     return None
 
 
-def _batches_of(
-    dataset: TrainDataset, config: TrainConfig, epoch: int, first_batch: int
-) -> Iterable[TrainBatch]:
-    return epoch_batches(
-        dataset,
-        epoch=epoch,
-        first_batch=first_batch,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        workers=config.workers,
-    )
+def _shared_signal(run: _Run, stop: StopSignals) -> int | None:
+    """The signal that process 0 has received: all stop after the same step, or none."""
+    (received,) = run.world.share([stop.received or 0])
+    return int(received) or None
+
+
+def _is_stale(run: _Run) -> bool:
+    patience = run.config.patience
+    return patience is not None and run.position.evaluations_since_best >= patience
 
 
 def _budget(config: TrainConfig, batches_per_epoch: int) -> Budget:
@@ -274,7 +331,7 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
     for name, value in step.losses.items():
         position.window_losses[name] = position.window_losses.get(name, 0.0) + value
     position.window_steps += 1
-    images, seconds = (sum(values) for values in zip(*run.recent, strict=True))
+    images, seconds, waited_s = (sum(values) for values in zip(*run.recent, strict=True))
     record: Record = {
         "kind": "train",
         "step": position.step,
@@ -282,48 +339,66 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
         "losses": {k: v / position.window_steps for k, v in position.window_losses.items()},
         "learning_rate": step.learning_rate,
         "gradient_norm": step.gradient_norm,
-        "images_per_s": images / max(seconds, 1e-9),
+        "images_per_s": run.world.size * images / max(seconds, 1e-9),
+        "waiting_for_data": waited_s / max(seconds, 1e-9),
         "eta_s": position.spent_s * (1.0 - fraction) / fraction if fraction > 0 else None,
         "spent_s": position.spent_s,
     }
     run.report.step(record, fraction)
     if position.step % run.config.log_every_steps == 0:
-        append_record(run.folder / METRICS, record)
+        if run.world.is_main:
+            _write_record(run, record)
         run.report.log(record)
         position.window_losses, position.window_steps = {}, 0
 
 
 def _evaluate_and_keep_best(run: _Run, stop: StopSignals) -> bool:
-    """Evaluate the averaged weights and keep them if they are the best; False when stopped."""
-    config, position = run.config, run.position
-    run.report.busy(f"step {position.step}: evaluating")
-    metrics = evaluate_model(
-        run.ema.module,
-        run.val_data,
-        preprocess=run.preprocess,
-        iou_types=iou_types_of(config, run.val_data),
-        max_detections=config.max_detections,
-        stop=stop,
-    )
-    if metrics is None:
+    """Evaluate the averaged weights and keep them if they are the best; False when stopped.
+
+    Process 0 does it, and tells the others.
+    """
+    position = run.position
+    value = _evaluate(run, stop) if run.world.is_main else None
+    done, value = run.world.share([value is not None, value or 0.0])
+    if not done:
         return False
     position.evaluated_s, position.evaluated_step = position.spent_s, position.step
-    record = {"kind": "eval", "step": position.step, "spent_s": position.spent_s}
-    append_record(run.folder / METRICS, record | {"metrics": metrics.to_dict()})
-    draw_curves(run.folder / "curves.png", read_records(run.folder / METRICS))
-    run.report.message(f"step {position.step}: {metrics.format()}")
-    value = metrics.main_ap()
-    if (0.0 if math.isnan(value) else value) > position.best_metric:
-        position.best_metric = 0.0 if math.isnan(value) else value
-        position.best_step = position.step
-        best = {"tensors": run.ema.module.state_dict(), "step": position.step}
-        save_plain(run.folder / BEST, best)
+    position.evaluations_since_best += 1
+    if value > position.best_metric:
+        position.best_metric, position.best_step = value, position.step
+        position.evaluations_since_best = 0
+        if run.world.is_main:
+            best = {"tensors": run.ema.module.state_dict(), "step": position.step}
+            save_plain(run.folder / BEST, best)
     return True
 
 
+def _evaluate(run: _Run, stop: StopSignals) -> float | None:
+    """The main figure of the averaged weights, 0 where there is none; None when stopped."""
+    position = run.position
+    run.report.busy(f"step {position.step}: evaluating")
+    metrics = run.task.evaluate(run.ema.module, stop=stop)
+    if metrics is None:
+        return None
+    record = {"kind": "eval", "step": position.step, "spent_s": position.spent_s}
+    _write_record(run, record | {"metrics": metrics.to_dict()})
+    draw_curves(run.folder / "curves.png", read_records(run.folder / METRICS))
+    run.report.message(f"step {position.step}: {metrics.format()}")
+    value = metrics.main()
+    return 0.0 if math.isnan(value) else value
+
+
+def _write_record(run: _Run, record: Record) -> None:
+    append_record(run.folder / METRICS, record)
+    if run.tensorboard is not None:
+        run.tensorboard.write(record)
+
+
 def _save(run: _Run) -> None:
+    if not run.world.is_main:
+        return
     checkpoint = Checkpoint(
-        model=run.loss_step.detector.state_dict(),
+        model=run.loss_step.state_dict(),
         ema=run.ema.state_dict(),
         optimizer=run.optimizer.state_dict(),
         position=run.position,
@@ -336,14 +411,15 @@ def _save(run: _Run) -> None:
 
 def _restore(run: _Run, checkpoint: Checkpoint) -> None:
     where = str(run.folder / LAST)
-    load_tensors(run.loss_step.detector, checkpoint.model, where=where)
+    load_tensors(run.loss_step, checkpoint.model, where=where)
     load_tensors(run.ema.module, checkpoint.ema["module"], where=where)
     run.ema.load_state_dict(checkpoint.ema)
     run.optimizer.load_state_dict(checkpoint.optimizer)
     for entry in fields(Position):
         setattr(run.position, entry.name, getattr(checkpoint.position, entry.name))
-    restore_random_states(checkpoint.random_states)
-    drop_records_after(run.folder / METRICS, run.position.step)
+    if run.world.is_main:
+        restore_random_states(checkpoint.random_states)
+        drop_records_after(run.folder / METRICS, run.position.step)
 
 
 def _finish(run: _Run) -> TrainResult:
@@ -352,26 +428,14 @@ def _finish(run: _Run) -> TrainResult:
     best = load_plain(run.folder / BEST)["tensors"]
     tensors = {name: stored_tensor(value, config.export_half) for name, value in best.items()}
     load_tensors(run.ema.module, tensors, where=str(run.folder / BEST))
-    metrics = evaluate_model(
-        run.ema.module,
-        run.val_data,
-        preprocess=run.preprocess,
-        iou_types=iou_types_of(config, run.val_data),
-        max_detections=config.max_detections,
-        bootstrap=FINAL_RESAMPLES,
-    )
+    metrics = run.task.evaluate(run.ema.module, bootstrap=FINAL_RESAMPLES)
     assert metrics is not None
-    model_config = build_model_config(
-        config,
-        run.val_data,
-        run.preprocess,
-        metrics=metrics,
-        position=run.position,
-        device=run.device,
-    )
+    model_config = run.task.model_config(metrics, position=run.position, device=run.device)
     folder = run.folder / "model"
     arrays = {name: value.numpy() for name, value in tensors.items()}
-    save_model_folder(folder, model_config, arrays, card=model_card(model_config, metrics))
+    file_bytes = sum(array.nbytes for array in arrays.values())
+    card = run.task.card(model_config, run.ema.module, metrics, file_bytes=file_bytes)
+    save_model_folder(folder, model_config, arrays, card=card)
     run.report.message(f"{folder}: {metrics.format()}")
     return TrainResult(run_dir=run.folder, model_dir=folder, metrics=metrics)
 

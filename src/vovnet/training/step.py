@@ -1,11 +1,24 @@
 """One training step's forward pass as a module: what a compiler or a distributed wrapper wraps."""
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, Self, cast
 
 from torch import Tensor, nn
 
 from vovnet.models.boxes import Target
+
+
+class Batch(Protocol):
+    """Images uint8 (B, H, W, 3) RGB of sizes int64 (B, 2), what they show, and their files."""
+
+    images: Tensor
+    sizes: Tensor
+    targets: Any
+    paths: list[Path]
+
+    def to(self, device: Any) -> Self:
+        """The same batch on a device."""
 
 
 class TrainableDetector(Protocol):
@@ -21,12 +34,31 @@ class TrainableDetector(Protocol):
 
 
 class LossStep(nn.Module):
-    """From a batch of bytes and its targets to the detector's named losses."""
+    """From a batch of bytes and its targets to the named losses of a model.
 
-    def __init__(self, detector: nn.Module, normalize: nn.Module) -> None:
+    The `frozen` parts of the model stay as they are, BatchNorm's statistics too.
+    """
+
+    def __init__(
+        self, model: nn.Module, normalize: nn.Module, *, frozen: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
-        self.detector = detector
+        self.model = model
         self.normalize = normalize
+        self.frozen = tuple(frozen)
+        for part in self.frozen:
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, without the frozen parts."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+
+class DetectorStep(LossStep):
+    """The losses of a detector, which it computes itself."""
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Sequence[Target]
@@ -35,7 +67,7 @@ class LossStep(nn.Module):
 
         Boxes of the targets are in pixels of these images. Returns named scalars to be summed.
         """
-        detector = cast(TrainableDetector, self.detector)
+        detector = cast(TrainableDetector, self.model)
         raw = detector(self.normalize(images, sizes))
         return detector.loss(raw, targets, sizes)
 

@@ -1,0 +1,107 @@
+"""The settings of the augmentation: what a training image may be turned into."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from vovnet.errors import ConfigError
+
+# The largest value of each probability and strength; the smallest is 0.
+_LIMITS = {
+    "horizontal_flip": 1.0,
+    "vertical_flip": 1.0,
+    "quarter_turn": 1.0,
+    "brightness": 1.0,
+    "contrast": 1.0,
+    "saturation": 1.0,
+    "hue": 0.5,
+    "grayscale": 1.0,
+    "invert": 1.0,
+    "photometric": 1.0,
+    "mosaic": 1.0,
+    "mixup": 1.0,
+    "copy_paste": 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPreset:
+    """Random changes of a training image; raises ConfigError on a value out of range.
+
+    output_size         height and width of the crop that the network gets
+    scale_range         lowest and highest resize factor, relative to the evaluation's resize
+    horizontal_flip, vertical_flip, quarter_turn, grayscale, invert    probabilities
+    brightness, contrast, saturation    factors are drawn from 1 - value .. 1 + value
+    hue                 largest turn of the colour circle, of at most 0.5
+    min_mask_pixels     objects of which fewer pixels are left in the crop are dropped
+    geometry            "window": a crop at a scale of the range; "ssd": SSD's zoom out and crops,
+                        stretched to the output size by a random kind of resampling
+    photometric         probability of each of SSD's four changes of colour
+    output_scale_range  each batch's sides are the output size times a factor of this range, to
+                        multiples of 32 pixels; objects grow with them. (1, 1): as they are
+    mosaic, mixup, copy_paste    probabilities: four pictures in one, two blended, objects of
+                        another picture pasted by their masks
+    """
+
+    output_size: tuple[int, int] = (256, 256)
+    scale_range: tuple[float, float] = (0.75, 1.33)
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turn: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    grayscale: float = 0.0
+    invert: float = 0.0
+    min_mask_pixels: int = 4
+    geometry: Literal["window", "ssd"] = "window"
+    photometric: float = 0.0
+    output_scale_range: tuple[float, float] = (1.0, 1.0)
+    mosaic: float = 0.0
+    mixup: float = 0.0
+    copy_paste: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = (*_pair(self.output_size, "output_size"), self.min_mask_pixels)
+        if not all(isinstance(value, int) and value >= 1 for value in sizes):
+            raise ConfigError(
+                "augment: expected whole numbers of at least 1 as output_size and "
+                f"min_mask_pixels, got {self.output_size!r} and {self.min_mask_pixels!r}"
+            )
+        for name in ("scale_range", "output_scale_range"):
+            low, high = _pair(getattr(self, name), name)
+            if not (_is_number(low) and _is_number(high) and 0 < low <= high < math.inf):
+                raise ConfigError(
+                    f"augment.{name}: expected 0 < low <= high, got {getattr(self, name)!r}"
+                )
+        if self.geometry not in ("window", "ssd"):
+            raise ConfigError(f"augment.geometry: expected window or ssd, got {self.geometry!r}")
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= limit):
+                raise ConfigError(f"augment.{name}: expected 0..{limit}, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "TrainPreset":
+        """The defaults with these fields changed; raises ConfigError on an unknown field."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ConfigError(f"augment: expected some of {', '.join(known)}, got {unknown[0]!r}")
+        # YAML and JSON have lists only.
+        changes: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+        }
+        return replace(cls(), **changes)
+
+
+def _pair(value: object, name: str) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ConfigError(f"augment.{name}: expected two numbers, got {value!r}")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
