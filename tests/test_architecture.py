@@ -31,7 +31,9 @@ ORDER = [
     "images",
     "preprocess",
     "published",
+    "graph_file",
     "model_folder",
+    "exported",
     # tensors in, tensors out
     "models.settings",
     "models.layers",
@@ -55,7 +57,11 @@ ORDER = [
     "models.zoo",
     "timm",
     # engines that run a trained network
+    "runtime.threads",
     "runtime.torch",
+    "runtime.exported",
+    "runtime.openvino",
+    "runtime.onnxruntime",
     "runtime.engine",
     # data sets
     "data.labels",
@@ -89,6 +95,14 @@ ORDER = [
     "predict_files",
     "classify",
     "classify_files",
+    # from a trained network to a file for other engines
+    "export.fuse",
+    "export.suppress",
+    "export.detections",
+    "export.graph",
+    "export.onnx",
+    "export.check",
+    "export.model",
     # what it costs
     "profiling.cost",
     "profiling.liveness",
@@ -115,10 +129,15 @@ ORDER = [
     "profiling.html",
     # training
     "training.config",
+    "training.recipe",
+    "recipes.centermask",
+    "recipes.dsod",
     "recipes.fast",
     "recipes.finetune",
     "recipes.nuclei",
     "recipes.paper",
+    "recipes.rcnn",
+    "recipes.refinedet",
     "recipes.timm_ra",
     "training.optim",
     "training.checkpoint",
@@ -137,10 +156,12 @@ ORDER = [
     "cli.check",
     "cli.convert",
     "cli.convert_data",
+    "cli.export",
     "cli.models",
     "cli.predict",
     "cli.profile",
     "cli.choose",
+    "cli.recipes",
     "cli.train",
     "cli.val_classes",
     "cli.val_detections",
@@ -160,7 +181,9 @@ NUMPY_ONLY = {
     "images",
     "preprocess",
     "published",
+    "graph_file",
     "model_folder",
+    "exported",
     "data.labels",
     "data.problems",
     "data.coco",
@@ -186,6 +209,10 @@ NUMPY_ONLY = {
     "predict_files",
     "classify",
     "classify_files",
+    "runtime.threads",
+    "runtime.exported",
+    "runtime.openvino",
+    "runtime.onnxruntime",
     "runtime.engine",
     "profiling.cost",
     "profiling.liveness",
@@ -506,7 +533,7 @@ def test_lazy_entries_keep_the_direction() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in PACKAGE.glob("recipes/[!_]*.py")))
 def test_every_recipe_resolves(recipe: str) -> None:
-    assert callable(_lazy.load(f"vovnet.recipes.{recipe}:config"))
+    assert _lazy.load(f"vovnet.recipes.{recipe}:RECIPES")
 
 
 # The checker itself, on made-up packages.

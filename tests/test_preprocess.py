@@ -36,6 +36,8 @@ def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
         (Preprocess(short_side=600, max_long_side=1000), (1040, 1388), (600, 801)),
         (Preprocess(short_side=8), (1, 20_000), (1, 1333)),
         (Preprocess(scale=0.001), (10, 10), (1, 1)),
+        (Preprocess(square=320), (480, 640), (320, 320)),
+        (Preprocess(square=1400), (1, 20_000), (1400, 1400)),
     ],
 )
 def test_output_size(
@@ -283,6 +285,27 @@ def test_a_crop_beyond_the_short_side_is_refused() -> None:
 def test_an_extreme_aspect_needs_no_memory() -> None:
     preprocess = Preprocess(short_side=256, max_long_side=None, crop_size=224)
     assert preprocess.resize(noise(1, 60_000)).shape == (224, 224, 3)
+
+
+def test_a_square_does_not_keep_the_aspect() -> None:
+    """The middle of the picture stays the middle of each side, and the padding is the divisor's."""
+    image = np.zeros((40, 120, 3), dtype=np.uint8)
+    image[:, 60:] = 200
+    image[20:] += 50
+    preprocess = Preprocess(square=80)
+    resized = preprocess.resize(image)
+    assert resized.shape == (80, 80, 3)
+    assert [resized[10, 10, 0], resized[10, 70, 0], resized[70, 10, 0]] == [0, 200, 50]
+    pixels, sizes = preprocess.batch([resized])
+    assert pixels.shape == (1, 96, 96, 3)
+    assert sizes.tolist() == [[80, 80]]
+    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+
+
+@pytest.mark.parametrize("other", [{"short_side": 300}, {"scale": 2.0}])
+def test_a_square_beside_another_size_rule_is_refused(other: dict) -> None:
+    with pytest.raises(ConfigError, match=r"preprocess\.square: expected None where"):
+        Preprocess(square=320, **other)
 
 
 def test_folders_written_before_classifiers_are_read() -> None:

@@ -26,9 +26,11 @@ COMMANDS = {
     "choose": "vovnet.cli.choose:choose",
     "convert": "vovnet.cli.convert:convert",
     "convert-data": "vovnet.cli.convert_data:convert_data",
+    "export": "vovnet.cli.export:export",
     "models": "vovnet.cli.models:models",
     "predict": "vovnet.cli.predict:predict",
     "profile": "vovnet.cli.profile:profile",
+    "recipes": "vovnet.cli.recipes:recipes",
     "train": "vovnet.cli.train:train",
     "transition": "vovnet.cli.profile:draw_transition_weights",
     "val": "vovnet.cli.val:val",
@@ -37,6 +39,8 @@ COMMANDS = {
 
 ENGINES = {
     "torch": "vovnet.runtime.torch:load",
+    "openvino": "vovnet.runtime.openvino:load",
+    "onnxruntime": "vovnet.runtime.onnxruntime:load",
 }
 """Name of an engine to the "module:function" that loads it."""
 

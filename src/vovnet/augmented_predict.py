@@ -126,12 +126,13 @@ def mirrored(found: Detections) -> Detections:
 
 def scale_preprocess(preprocess: Preprocess, scale: float) -> Preprocess:
     """The preprocess that resizes to `scale` times the size; at least a pixel."""
-    short, long = (
+    short, long, square = (
         None if side is None else max(1, round(side * scale))
-        for side in (preprocess.short_side, preprocess.max_long_side)
+        for side in (preprocess.short_side, preprocess.max_long_side, preprocess.square)
     )
-    factor = preprocess.scale * scale if preprocess.short_side is None else 1.0
-    return replace(preprocess, scale=factor, short_side=short, max_long_side=long)
+    by_factor = preprocess.short_side is None and preprocess.square is None
+    factor = preprocess.scale * scale if by_factor else 1.0
+    return replace(preprocess, scale=factor, short_side=short, max_long_side=long, square=square)
 
 
 def _overlaps(box: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -239,7 +239,7 @@ def _write_parquet(
     path: Path, embedding: NDArray[np.float32], names: list[str], pages: NDArray[np.int64]
 ) -> None:
     arrow, parquet = _import_parquet()
-    width = embedding.shape[1]
+    width = max(embedding.shape[1], 1)  # of no image, too
     values = arrow.FixedSizeListArray.from_arrays(arrow.array(embedding.reshape(-1)), width)
     table = arrow.table({"file_name": names, "page": pages, "embedding": values})
     parquet.write_table(table, path)

@@ -228,7 +228,10 @@ def run_pycocotools(
     iou_type: IouType,
     max_detections: int,
 ) -> Any:
-    """pycocotools' COCOeval after its accumulate(), of what to_coco_dict gave and COCO results."""
+    """pycocotools' COCOeval after its accumulate(), of what to_coco_dict gave and COCO results.
+
+    The class axis of its precision and recall is in the order of the categories.
+    """
     # pycocotools finds annotations by id; in data put together from parts these may repeat.
     objects = [entry | {"id": i} for i, entry in enumerate(truth["annotations"], start=1)]
     results = [_result(entry, i, iou_type) for i, entry in enumerate(predictions, start=1)]
@@ -239,6 +242,10 @@ def run_pycocotools(
         evaluator.evaluateImg = partial(match_image, evaluator)
         evaluator.evaluate()
         evaluator.accumulate()
+    # It sorts the classes by id.
+    order = np.searchsorted(evaluator.params.catIds, [c["id"] for c in truth["categories"]])
+    evaluator.eval["precision"] = evaluator.eval["precision"][:, :, order]
+    evaluator.eval["recall"] = evaluator.eval["recall"][:, order]
     return evaluator
 
 

@@ -24,11 +24,14 @@ from safetensors.numpy import save
 
 from vovnet.errors import ConfigError
 from vovnet.files import atomic_write_bytes
+from vovnet.graph_file import is_graph_file, read_metadata
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 BUNDLED_DIR = Path(__file__).parent / "bundled"
+CONFIG_KEY = "vovnet_config"
+"""Of the text in an exported file that config.json is in a folder."""
 
 # A config holds settings and a few hundred figures. Anything larger is not one of ours.
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -133,12 +136,15 @@ def save_model_folder(
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read and check config.json of a model folder.
+    """Read and check config.json of a model folder, or what stands for it in an exported file.
 
     Raises ConfigError naming the file, the key, what was expected and what was found.
     """
-    path = folder / CONFIG_FILE
-    content = _read_bytes(path, limit=MAX_CONFIG_BYTES)
+    if is_graph_file(folder) and folder.is_file():
+        path, content = folder, _read_exported(folder)
+    else:
+        path = folder / CONFIG_FILE
+        content = _read_bytes(path, limit=MAX_CONFIG_BYTES)
     try:
         return ModelConfig.model_validate_json(content)
     except ValidationError as error:
@@ -173,13 +179,13 @@ def bundled_models() -> dict[str, Path]:
 
 
 def resolve_model(folder_or_name: str | Path) -> Path:
-    """Return the model folder for a path, or for the name of a model bundled with the package.
+    """Return the model folder or exported file for a path, or the folder of a bundled model's name.
 
     A folder that holds config.json goes before a bundled model of the same name.
-    Raises ConfigError listing the bundled names when it is neither.
+    Raises ConfigError listing the bundled names when it is none of them.
     """
     folder = Path(folder_or_name)
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / CONFIG_FILE).is_file() or (is_graph_file(folder) and folder.is_file()):
         return folder
     bundled = bundled_models()
     if str(folder_or_name) in bundled:
@@ -210,6 +216,16 @@ def _read_bytes(path: Path, *, limit: int | None = None) -> bytes:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable file, got: {error.strerror}") from None
+
+
+def _read_exported(path: Path) -> str:
+    found = read_metadata(path).get(CONFIG_KEY)
+    if found is None:
+        raise ConfigError(
+            f"{path}: expected a file that `vovnet export` wrote, found one that does not say which "
+            "classes it has and how it wants its images"
+        )
+    return found
 
 
 def _to_array(data: bytearray, dtype: str, shape: list[int], *, where: str) -> NDArray[Any]:

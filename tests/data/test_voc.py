@@ -1,4 +1,4 @@
-"""Pascal VOC: pixels from 1 become pixels from 0, classes keep their order, hostile XML is named."""
+"""Pascal VOC: pixels from 1 become pixels from 0, classes keep order, hostile XML is named."""
 
 import time
 from pathlib import Path
@@ -118,7 +118,8 @@ BAD_FILES = {
     "external": '<!DOCTYPE a [<!ENTITY x SYSTEM "/etc/hostname">]>' + xml(thing("&x;")),
     "doctype": "<!DOCTYPE annotation>" + xml(""),
     "utf-16": ("<!DOCTYPE a>" + xml("")).encode("utf-16"),
-    "ebcdic": b"<?xml version='1.0' encoding='cp037'?>" + ("<!DOCTYPE a>" + xml("")).encode("cp037"),
+    "ebcdic": b"<?xml version='1.0' encoding='cp037'?>"
+    + ("<!DOCTYPE a>" + xml("")).encode("cp037"),
     "encoding": "<?xml version='1.0' encoding='nonsense'?>" + xml(""),
     "cut": xml(thing())[:-9],
     "empty": "",

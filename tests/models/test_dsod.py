@@ -211,6 +211,19 @@ def test_one_image_and_a_padded_batch_agree() -> None:
     assert (together["boxes"][1] <= torch.tensor([50, 40, 50, 40])).all()
 
 
+def test_a_prior_beyond_the_image_cannot_win() -> None:
+    made = detector().eval()
+    sizes = torch.tensor([[40, 50]])
+    with torch.no_grad():
+        raw = made(torch.zeros(1, 3, 64, 64))
+        before = made.detect(raw, sizes)
+        x, y = ((raw["anchors"][:, :2] + raw["anchors"][:, 2:]) / 2).unbind(1)
+        raw["logits"][0, (x >= 50) | (y >= 40), 0] = 99.0
+        after = made.detect(raw, sizes)
+    assert before["valid"].any()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (50, 70), (33, 257)])
 def test_images_of_any_size(size: tuple[int, int]) -> None:
     made = detector(score_threshold=0.0).eval()

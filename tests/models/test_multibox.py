@@ -112,6 +112,14 @@ def test_one_to_one_leaves_out_whom_nothing_overlaps() -> None:
     assert found == {3: 0, 0: 1}
 
 
+def test_who_loses_a_prior_to_a_better_one_gets_another() -> None:
+    """Object 2 drives object 1 from prior 1 to prior 0, and that drives object 0 to prior 2."""
+    table = torch.tensor([[0.5, 0.0, 0.3], [0.6, 0.9, 0.0], [0.0, 0.95, 0.0]])
+    objects, priors = match_one_to_one(table)
+    found = dict(zip(objects.tolist(), priors.tolist(), strict=True))
+    assert found == {0: 2, 1: 0, 2: 1}
+
+
 def test_equal_boxes_each_get_their_own() -> None:
     priors = grid_boxes((8, 8), torch.tensor([[16.0, 16]]), step=8, offset=0.5)
     boxes = torch.tensor([[10.0, 10, 30, 30]]).expand(9, 4)
@@ -306,6 +314,16 @@ def test_detections_equal_their_restatement(limits: dict) -> None:
         limit = np.array([width, height] * 2)
         cut = [np.clip(own[p], 0, limit) for p, _ in expected]
         np.testing.assert_allclose(found["boxes"][image][valid].numpy(), cut, atol=1e-4)
+
+
+def test_only_the_best_of_each_class_are_looked_at() -> None:
+    boxes = grid_boxes((5, 5), torch.tensor([[8.0, 8]]), step=10, offset=0.5)[None]
+    scores = torch.rand(1, 25, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    config = MultiboxConfig(num_classes=2, pre_nms_top_k=4)
+    found = select_detections(boxes, scores, torch.tensor([[50, 50]]), config)
+    assert found["valid"].sum() == 8
+    best = scores[0].topk(4, dim=0).values.flatten().sort(descending=True).values
+    assert torch.equal(found["scores"][0, :8], best)
 
 
 def test_what_is_below_min_score_is_dropped() -> None:

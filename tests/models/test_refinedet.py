@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vovnet.errors import ConfigError
 from vovnet.models.boxes import Target
 from vovnet.models.deploy import DeployGraph, fold_batch_norms
-from vovnet.models.refinedet import RefineDet, RefineDetConfig, RefineDetHead, refine_anchors
+from vovnet.models.refinedet import (
+    RefineDet,
+    RefineDetConfig,
+    RefineDetHead,
+    TransferBlock,
+    refine_anchors,
+)
 from vovnet.models.zoo import create_model
 from vovnet.profiling.count import count_macs, count_parameters
 
@@ -81,6 +88,20 @@ def test_anchors_by_hand() -> None:
     for index, (x, y, width, height) in expected.items():
         wanted = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
         torch.testing.assert_close(anchors[index], torch.tensor(wanted))
+
+
+def test_a_transfer_block_adds_the_coarser_level_before_the_relu() -> None:
+    torch.manual_seed(0)
+    block = TransferBlock(3, 4, coarsest=False).eval()
+    source, coarser = torch.randn(1, 3, 5, 7), torch.randn(1, 4, 3, 3)
+    with torch.no_grad():
+        # BatchNorm at its start divides by sqrt(1 + 1e-5), hardly anything.
+        own = F.conv2d(source, block.first.conv.weight, padding=1).relu()
+        own = F.conv2d(own, block.second.conv.weight, padding=1)
+        enlarged = F.conv_transpose2d(coarser, block.enlarge[0].weight, stride=2)  # 6 x 6
+        own[..., :6] += enlarged[:, :, :5]
+        expected = F.conv2d(own.relu(), block.output.conv.weight, padding=1).relu()
+        torch.testing.assert_close(block(source, coarser), expected, rtol=1e-3, atol=1e-4)
 
 
 def decode_slowly(deltas: list[float], box: list[float]) -> list[float]:

@@ -8,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vovnet.models.weights import (
     MAX_WEIGHTS_BYTES,
     PUBLISHED,
     fetch_published,
+    load_backbone,
     load_checkpoint,
     load_tensors,
     pretrained_cfg,
@@ -30,6 +32,11 @@ from vovnet.models.weights import (
 from vovnet.models.zoo import create_model
 
 SMALL = "ese_vovnet19b_slim_dw"
+NARROW = {
+    "stem_channels": [8, 8, 8],
+    "stage_conv_channels": [8, 8, 8, 8],
+    "stage_out_channels": [8, 8, 8, 8],
+}
 KEYS = {case["name"]: case["keys"] for case in BACKBONES}
 
 
@@ -191,6 +198,33 @@ def test_the_released_v1_is_not_timms(tmp_path: Path) -> None:
         create_model("vovnet39a", checkpoint_path=tmp_path / "w.pth")
     with pytest.warns(UserWarning, match="no licence file"):
         create_model("vovnet39", checkpoint_path=tmp_path / "w.pth")
+
+
+def test_a_deformable_network_starts_from_the_plain_one(tmp_path: Path) -> None:
+    plain = create_model("ese_vovnet39_d2", num_classes=0, overrides=NARROW)
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    deformable = create_model("ese_vovnet39_dcn_d2", num_classes=0, overrides=NARROW)
+    offsets = {k: v.clone() for k, v in deformable.state_dict().items() if ".conv_offset." in k}
+    assert offsets
+    tensors = read_backbone(tmp_path / "plain.safetensors", name="ese_vovnet39_dcn_d2")
+    load_backbone(deformable, tensors, where="plain")
+    own = deformable.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())
+    assert all(not value.any() for value in offsets.values())
+    # Half of the offsets are no plain network.
+    some = dict(own)
+    del some[next(iter(offsets))]
+    with pytest.raises(ConfigError, match=r"1 missing: .*conv_offset"):
+        load_backbone(deformable, some, where="half")
+
+
+@pytest.mark.parametrize("other", ["ese_vovnet39_d2", "mask_rcnn_ese_vovnet39_d2"])
+def test_its_folder_may_be_the_plain_ones(monkeypatch, tmp_path: Path, other: str) -> None:
+    config = SimpleNamespace(architecture=other)
+    monkeypatch.setattr(weights, "load_config", lambda folder: config)
+    assert weights._check_folder(tmp_path, "ese_vovnet39_dcn_d2") is config
+    with pytest.raises(ConfigError, match=f"expected the weights of ese_vovnet39b, .* {other}"):
+        weights._check_folder(tmp_path, "ese_vovnet39b")
 
 
 def test_a_model_folder_is_read_and_its_name_compared(model_folder: Path) -> None:

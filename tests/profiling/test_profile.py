@@ -29,6 +29,8 @@ from vovnet.profiling.target import (
     Target,
     distinct,
     find_target,
+    known_accuracy,
+    load_module,
     parse_image_size,
     picture,
     recorded_accuracy,
@@ -190,6 +192,18 @@ def test_an_architecture_has_random_weights_and_no_accuracy() -> None:
     assert model.results[0].timings is not None
     assert model.results[0].counts is not None
     assert model.results[0].counts.parameters == 1_897_752
+
+
+def test_published_weights_by_their_name_have_timms_figure() -> None:
+    target = find_target("ese_vovnet19b_dw.ra_in1k")
+    accuracy = known_accuracy(target)
+    assert (target.kind, target.task) == ("architecture", "classify")
+    assert accuracy is not None
+    assert (accuracy.value, accuracy.metric) == (pytest.approx(0.76828), "top-1")
+    assert "timm's figure" in accuracy.data
+    assert known_accuracy(find_target("ese_vovnet19b_dw")) is None
+    meta = load_module(target, device=torch.device("meta"))
+    assert sum(one.numel() for one in meta.parameters()) == 6_543_080
 
 
 def test_a_folder_runs_on_its_engine_with_stages(model_folder: Path) -> None:

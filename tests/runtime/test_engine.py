@@ -65,3 +65,19 @@ def test_wrong_arguments_say_what_was_expected(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_engine(model_folder, **arguments)
+
+
+@pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
+def test_classifiers_give_logits_and_embedding(classifier_folder: Path, name: str) -> None:
+    engine = load_engine(classifier_folder, engine=name)
+    found = engine.infer(*picture())
+    assert (engine.max_detections, engine.has_masks) == (0, False)
+    assert {key: value.shape for key, value in found.items()} == {
+        "logits": (1, 3),
+        "embedding": (1, 512),
+    }
+    assert found["logits"].dtype == np.float32
+
+
+def test_a_backbone_gives_its_embedding_alone(backbone_folder: Path) -> None:
+    assert list(load_engine(backbone_folder).infer(*picture())) == ["embedding"]

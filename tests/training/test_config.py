@@ -4,6 +4,7 @@ import pytest
 
 from vovnet.errors import ConfigError
 from vovnet.training.config import (
+    Recipe,
     TrainConfig,
     config_to_yaml,
     list_recipes,
@@ -38,9 +39,9 @@ def test_nested_settings_merge_key_by_key(tmp_path):
 
 
 def test_yaml_goes_over_recipe(tmp_path, monkeypatch):
-    recipe = TrainConfig(batch_size=3, max_minutes=7.0, augment={"hue": 0.1})
-    monkeypatch.setattr("vovnet.training.config.list_recipes", lambda: ["mine"])
-    monkeypatch.setattr("vovnet.training.config._lazy.load", lambda target: lambda: recipe)
+    settings = TrainConfig(batch_size=3, max_minutes=7.0, augment={"hue": 0.1})
+    recipe = Recipe(name="mine", config=settings, data="", source="")
+    monkeypatch.setattr("vovnet.training.config.list_recipes", lambda: [recipe])
     config = load_config("mine", write(tmp_path, "batch_size: 5\n"), {"data": "a"})
     assert (config.batch_size, config.max_minutes, config.epochs) == (5, 7.0, None)
     assert config.augment == {"hue": 0.1}
@@ -49,20 +50,29 @@ def test_yaml_goes_over_recipe(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lower", "flags", "expected"),
     [
-        ("max_minutes: 5", {"epochs": 3.0}, (3.0, None)),
-        ("epochs: 3", {"max_minutes": 5.0}, (None, 5.0)),
-        ("epochs: 3", {}, (3.0, None)),
+        ("max_minutes: 5", {"epochs": 3.0}, (3.0, None, None)),
+        ("epochs: 3", {"max_minutes": 5.0}, (None, 5.0, None)),
+        ("epochs: 3", {"max_steps": 7}, (None, None, 7)),
+        ("max_steps: 7", {"max_minutes": 5.0}, (None, 5.0, None)),
+        ("max_steps: 7", {}, (None, None, 7)),
+        ("epochs: 3", {}, (3.0, None, None)),
     ],
 )
 def test_a_higher_layer_chooses_the_kind_of_limit(tmp_path, lower, flags, expected):
     config = load_config(None, write(tmp_path, f"data: a\n{lower}\n"), flags)
-    assert (config.epochs, config.max_minutes) == expected
+    assert (config.epochs, config.max_minutes, config.max_steps) == expected
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"epochs": 3, "max_minutes": 5}, "expected one of epochs and max_minutes, found both"),
+        ({"max_steps": 3, "max_minutes": 5}, "one of max_minutes and max_steps, found both"),
+        (
+            {"epochs": 3, "max_minutes": 5, "max_steps": 3},
+            "expected one of epochs and max_minutes and max_steps, found all",
+        ),
+        ({"max_steps": 0}, "max_steps: expected greater than or equal to 1, found 0"),
         ({"warmup_steps": 3, "warmup_fraction": 0.1}, "warmup_fraction and warmup_steps"),
         ({"batch_siez": 3}, "command line: .*'batch_siez'; did you mean 'batch_size'"),
         ({"qqqqq": 3}, "'qqqqq'; known: task, model, "),
@@ -103,11 +113,20 @@ def test_missing_yaml_is_named(tmp_path):
 def test_unknown_recipe_is_named():
     with pytest.raises(ConfigError, match=r"recipe: expected .* found 'os\.path'"):
         load_config("os.path", None, {"data": "a"})
+    with pytest.raises(ConfigError, match=r"found 'nucelei'; did you mean 'nuclei'\?"):
+        load_config("nucelei", None, {"data": "a"})
 
 
-@pytest.mark.parametrize("name", list_recipes())
-def test_recipes_load(name):
-    assert load_config(name, None, {"data": "a"}).data == "a"
+@pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
+def test_recipes_load(recipe):
+    flags = {"data": "a", "backbone_weights": "b"}
+    assert load_config(recipe.name, None, flags) == recipe.config.model_copy(update=flags)
+    if recipe.needs_weights:
+        with pytest.raises(ConfigError, match=f"recipe {recipe.name}: expected ImageNet weights"):
+            load_config(recipe.name, None, {"data": "a"})
+        assert load_config(recipe.name, None, {"data": "a", "init": "c"}).init == "c"
+    else:
+        assert load_config(recipe.name, None, {"data": "a"}).backbone_weights is None
 
 
 def test_saved_settings_read_back(tmp_path):

@@ -171,6 +171,17 @@ def test_samples_are_told_how_far_the_training_is():
     assert told == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
+def test_a_data_set_may_make_its_batches_together():
+    class Together(ToyDataset):
+        def __getitems__(self, indices):
+            self.asked = list(indices)
+            return [self[index] for index in indices]
+
+    dataset = Together(9)
+    (batch,) = islice(batches_of(dataset, 4), 1)
+    assert len(dataset.asked) == len(batch.paths) == 4
+
+
 def test_positions_and_learning_rates():
     training = ToyTraining(total_steps=4)
     positions, rates = [], []

@@ -29,6 +29,8 @@ DataFormat = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
+Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[
     int | None, typer.Option(min=1, help="Objects per image; default: the model's own limit.")
@@ -96,6 +98,17 @@ def models(
 
 
 @app.command()
+def recipes(
+    pattern: Annotated[
+        str, typer.Argument(help="Shell pattern, such as 'centermask*'; a name shows all of it.")
+    ] = "*",
+    json: Json = False,
+) -> None:
+    """List the trainings that come with the package: what they reach, and their commands."""
+    _call("recipes", pattern, json)
+
+
+@app.command()
 def check(
     data: Data,
     split: Annotated[
@@ -151,7 +164,9 @@ def train(
         str | None, typer.Option(help="classify, detect or segment; default: what the model does.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="One of `vovnet models`.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Settings of a published run.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Settings of a published run: one of `vovnet recipes`.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the train split.")] = None,
     max_minutes: Annotated[
@@ -233,8 +248,8 @@ def val(
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
-    engine: Annotated[str, typer.Option(help="auto, or the engine to run on.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Folder for a classifier's pictures and predictions.")
     ] = None,
@@ -296,15 +311,43 @@ def predict(
         bool | None,
         typer.Option("--test-size", help="Published weights: the larger size of their test."),
     ] = None,
+    engine: Engine = "auto",
+    precision: Precision = "auto",
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Find objects in images, or name their classes; writes pictures, tables and JSON lines."""
-    common = (model, source, output, device, threads, json)
+    common = (model, source, output, engine, precision, device, threads, json)
     detector = (save, score_threshold or None, max_detections, tile, overlap, tta)
     classifier = (top, features, batch_size, fast_decode, test_size)
     _call("predict", *common, detector, classifier)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a bundled model, or published ImageNet weights.")
+    ],
+    format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="fp32, or fp16: half the size, computed as the engine does.")
+    ] = "fp32",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write; default: beside the folder's weights, or in runs/export."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Detector: its predictions, no detections chosen.")
+    ] = False,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Pictures to compare with torch on; default: made-up ones."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a model as one ONNX or OpenVINO file, once it answers as torch does; else exit 4."""
+    _call("export", model, format, precision, output, raw, images, json)
 
 
 @app.command()

@@ -23,9 +23,10 @@ from vovnet.model_folder import resolve_model
 from vovnet.predict import Predictor
 from vovnet.predict_files import predict_files, return_large_blocks
 from vovnet.published import find_published
+from vovnet.runtime.engine import Engine
 
 TOP = 5
-_FILE_COLUMNS, _CLASS_COLUMNS = 60, 24
+_FILE_COLUMNS, _CLASS_COLUMNS = 120, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,8 @@ def predict(
     model: str,
     source: str,
     output: Path | None,
+    engine: str,
+    precision: str,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -85,7 +88,7 @@ def predict(
     """
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError(f"output: expected a folder, found the file {output}")
-    common = (model, source, output, device, threads, as_json)
+    common = (model, source, output, engine, precision, device, threads, as_json)
     if is_classifier(model):
         _refuse(DetectorOptions(*detector), model, "a classifier")
         return classify(*common, ClassifierOptions(*classifier))
@@ -97,6 +100,8 @@ def detect(
     model: str,
     source: str,
     output: Path | None,
+    engine: str,
+    precision: str,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -115,11 +120,14 @@ def detect(
     paths = find_images(source)
     predictor = Predictor.load(
         model,
+        engine=engine,
+        precision=precision,
         device=device,
         threads=threads,
         score_threshold=_parse_thresholds(options.score_threshold or []),
         max_detections=options.max_detections,
     )
+    _print_engine(predictor.engine)
     output = _make_output(output, model)
     with _started(len(paths)) as run:
         report = predict_files(
@@ -155,6 +163,8 @@ def classify(
     model: str,
     source: str,
     output: Path | None,
+    engine: str,
+    precision: str,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -163,8 +173,14 @@ def classify(
     """Prints the top classes of each image; writes them, and embeddings where asked for."""
     paths = find_images(source)
     classifier = Classifier.load(
-        model, device=device, threads=threads, test_size=bool(options.test_size)
+        model,
+        engine=engine,
+        precision=precision,
+        device=device,
+        threads=threads,
+        test_size=bool(options.test_size),
     )
+    _print_engine(classifier.engine)
     # A backbone writes nothing but its features.
     if classifier.class_names or options.features is None:
         output = _make_output(output, model)
@@ -253,6 +269,13 @@ def _line(image: ClassifiedImage, width: int) -> str:
     page = f" [{image.page + 1}]" if image.page else ""
     cells = [f"{share:.3f} {printable(name):<{_CLASS_COLUMNS}}" for name, share in image.top]
     return f"{printable(image.file) + page:<{width}}  {'  '.join(cells)}".rstrip()
+
+
+def _print_engine(engine: Engine) -> None:
+    """Says what was chosen, where it is not torch."""
+    if engine.chosen_because and engine.name != "torch":
+        text = f"engine {engine.name}, {engine.precision}: {engine.chosen_because}"
+        print(f"vovnet: {text}", file=sys.stderr)
 
 
 def _print_error(text: str) -> None:

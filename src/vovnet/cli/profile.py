@@ -166,7 +166,7 @@ def _check_outputs(
 
 def _require_folders(targets: Sequence[Target]) -> None:
     for target in targets:
-        if target.kind != "folder":
+        if target.kind != "folder" or (target.path is not None and target.path.is_file()):
             raise ConfigError(f"update-card: expected a model folder, got {target.name}")
 
 

@@ -29,7 +29,7 @@ from vovnet.data.mixing import (
 )
 from vovnet.data.preset import TrainPreset
 from vovnet.data.ssd_augment import FILL_RGB, distort_colours, resize_randomly
-from vovnet.data.windows import Window, random_window, ssd_window
+from vovnet.data.windows import Window, random_window, ssd_window, whole_window
 from vovnet.errors import ConfigError, DataError
 from vovnet.images import read_image
 from vovnet.models.boxes import Target
@@ -102,7 +102,8 @@ class TrainDataset(Dataset[TrainItem]):
     """Augmented samples; sample i of an epoch depends on the seed, the epoch and i alone.
 
     An item is the image uint8 (H, W, 3) RGB, its target in pixels of that image, and the file. H
-    and W are the preset's output size, or less where the image is smaller than the window. Crowd
+    and W are the preset's output size, or less where the image is smaller than the window; those
+    that the shorter side leads to where the preset shows whole images. Crowd
     regions become `ignore_xyxy`. Masks are None only where no object of the data set has one;
     among others an object without a mask gets its box. Images and masks are kept in memory, up to
     cache_bytes in each process that loads items.
@@ -235,6 +236,13 @@ class TrainDataset(Dataset[TrainItem]):
             return ssd_window(
                 record, boxes, output_size=output_size, quarter_turn=preset.quarter_turn
             )
+        if preset.geometry == "whole":
+            return whole_window(
+                record,
+                self.preprocess,
+                short_sides=preset.short_sides,
+                quarter_turn=preset.quarter_turn,
+            )
         grown = output_size[0] / preset.output_size[0]  # of an output size drawn for the batch
         low, high = preset.scale_range
         return random_window(
@@ -246,7 +254,7 @@ class TrainDataset(Dataset[TrainItem]):
         )
 
     def _resize(self, window: Window, *sample: Any) -> Any:
-        if self.preset.geometry == "window":
+        if self.preset.geometry != "ssd":
             return v2.Resize(list(window.output_size), antialias=True)(*sample)
         image, *boxes = sample
         image = tv_tensors.Image(resize_randomly(image.as_subclass(Tensor), window.output_size))

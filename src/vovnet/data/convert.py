@@ -153,11 +153,13 @@ def _has_clash(loaded: Mapping[str, Parsed], names: Mapping[str, Sequence[Path]]
     """Whether splits give one name to different images, or to different labels of one."""
     seen: dict[Path, tuple[object, ...]] = {}
     for split, parsed in loaded.items():
+        contents: dict[Path, tuple[object, ...]] = {}
         for image, name in zip(parsed.data.images, names[split], strict=True):
             plain = [(a.label, a.box_xyxy, a.is_difficult) for a in image.annotations]
-            content = (image.path, plain)
-            if seen.setdefault(name.with_suffix(""), content) != content:
-                return True
+            contents[name.with_suffix("")] = (image.path, plain)
+        if any(seen.get(stem, content) != content for stem, content in contents.items()):
+            return True
+        seen |= contents
     return False
 
 

@@ -24,6 +24,9 @@ _LIMITS = {
     "copy_paste": 1.0,
 }
 
+SSD_PRESET: dict[str, Any] = {"geometry": "ssd", "photometric": 0.5, "horizontal_flip": 0.5}
+"""The fields of TrainPreset that make SSD's augmentation; the output size is the network's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPreset:
@@ -36,7 +39,10 @@ class TrainPreset:
     hue                 largest turn of the colour circle, of at most 0.5
     min_mask_pixels     objects of which fewer pixels are left in the crop are dropped
     geometry            "window": a crop at a scale of the range; "ssd": SSD's zoom out and crops,
-                        stretched to the output size by a random kind of resampling
+                        stretched to the output size by a random kind of resampling; "whole": all of
+                        the picture, its aspect kept, without an output size and a scale
+    short_sides         pixels, of the "whole" picture's shorter side: one is drawn; the longer one
+                        has at most the preprocess' max_long_side
     photometric         probability of each of SSD's four changes of colour
     output_scale_range  each batch's sides are the output size times a factor of this range, to
                         multiples of 32 pixels; objects grow with them. (1, 1): as they are
@@ -56,7 +62,8 @@ class TrainPreset:
     grayscale: float = 0.0
     invert: float = 0.0
     min_mask_pixels: int = 4
-    geometry: Literal["window", "ssd"] = "window"
+    geometry: Literal["window", "ssd", "whole"] = "window"
+    short_sides: tuple[int, ...] = ()
     photometric: float = 0.0
     output_scale_range: tuple[float, float] = (1.0, 1.0)
     mosaic: float = 0.0
@@ -76,8 +83,11 @@ class TrainPreset:
                 raise ConfigError(
                     f"augment.{name}: expected 0 < low <= high, got {getattr(self, name)!r}"
                 )
-        if self.geometry not in ("window", "ssd"):
-            raise ConfigError(f"augment.geometry: expected window or ssd, got {self.geometry!r}")
+        if self.geometry not in ("window", "ssd", "whole"):
+            raise ConfigError(
+                f"augment.geometry: expected window, ssd or whole, got {self.geometry!r}"
+            )
+        _check_short_sides(self)
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= limit):
@@ -95,6 +105,24 @@ class TrainPreset:
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
         }
         return replace(cls(), **changes)
+
+
+def _check_short_sides(preset: TrainPreset) -> None:
+    sides, whole = preset.short_sides, preset.geometry == "whole"
+    allowed = isinstance(sides, tuple) and all(type(side) is int and side >= 1 for side in sides)
+    if not allowed or bool(sides) != whole:
+        expected = "at least one whole number above 0" if whole else "none without geometry whole"
+        raise ConfigError(f"augment.short_sides: expected {expected}, got {sides!r}")
+    if whole and (preset.mosaic or preset.mixup or preset.copy_paste):
+        raise ConfigError(
+            "augment.geometry: expected window or ssd with mosaic, mixup or copy_paste, which need "
+            "pictures of one size, got 'whole'"
+        )
+    if whole and preset.output_scale_range != (1.0, 1.0):
+        raise ConfigError(
+            "augment.output_scale_range: expected (1, 1) with geometry whole, got "
+            f"{preset.output_scale_range!r}"
+        )
 
 
 def _pair(value: object, name: str) -> tuple[Any, Any]:

@@ -1,7 +1,5 @@
 """The colours, fill and resampling of SSD's augmentation (Liu et al. 2016, its Caffe code)."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from PIL import Image
@@ -13,9 +11,6 @@ CONTRAST = SATURATION = (0.5, 1.5)  # factors
 HUE = 18 / 180  # largest turn of the colour circle; OpenCV counts half degrees
 FILL_RGB = (123, 117, 104)
 """ImageNet's mean colour, around a picture that was zoomed out."""
-
-SSD_PRESET: dict[str, Any] = {"geometry": "ssd", "photometric": 0.5, "horizontal_flip": 0.5}
-"""The fields of TrainPreset that make SSD's augmentation; the output size is the network's."""
 
 _RESAMPLING = (
     Image.Resampling.NEAREST,

@@ -1,6 +1,9 @@
-"""Which part of an image a training sample shows: a window of one scale, or SSD's random crop."""
+"""Which part of an image a training sample shows: a window of one scale, SSD's random crop, or all
+of it.
+"""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +71,25 @@ def random_window(
         outputs.append(output if length < side else min(output, max(1, round(side * factor))))
     resized = (outputs[1], outputs[0]) if transposed else (outputs[0], outputs[1])
     return Window(starts[0], starts[1], lengths[0], lengths[1], transposed, resized, resized)
+
+
+def whole_window(
+    record: ImageRecord,
+    preprocess: Preprocess,
+    *,
+    short_sides: Sequence[int],
+    quarter_turn: float,
+) -> Window:
+    """All of an image, as the preprocess would resize it if its short_side were one of these.
+
+    quarter_turn is a probability. Draws from torch's generator.
+    """
+    short_side = short_sides[int(torch.randint(len(short_sides), ()))]
+    transposed = bool(torch.rand(()) < quarter_turn)
+    rule = replace(preprocess, short_side=short_side, scale=1.0, square=None, crop_size=None)
+    height, width = rule.output_size(record.height, record.width)
+    resized = (width, height) if transposed else (height, width)
+    return Window(0, 0, record.height, record.width, transposed, resized, resized)
 
 
 def ssd_window(

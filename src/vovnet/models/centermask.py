@@ -16,8 +16,8 @@ from vovnet.models.boxes import Target
 from vovnet.models.fcos import FCOS, STRIDES, FCOSConfig, fcos_detect, fcos_loss
 from vovnet.models.roi import assign_levels, pool_regions
 
-_MASK_LEVELS = (3, 4, 5)
-_REGION_SIZE = 14
+MASK_LEVELS = (3, 4, 5)
+REGION_SIZE = 14
 MASK_SIZE = 28
 
 
@@ -90,7 +90,7 @@ class MaskIoUHead(nn.Module):
             )
             for index in range(convs)
         )
-        self.fc1 = nn.Linear(channels * (_REGION_SIZE // 2) ** 2, width)
+        self.fc1 = nn.Linear(channels * (REGION_SIZE // 2) ** 2, width)
         self.fc2 = nn.Linear(width, width)
         self.iou = nn.Linear(width, num_classes)
         for module in self.convs:
@@ -159,8 +159,8 @@ class CenterMask(nn.Module):
         valid, labels = found["valid"], found["labels"][found["valid"]]
         image_indices = torch.nonzero(valid)[:, 0]
         regions = self._pool(raw, found["boxes"][valid], image_indices, sizes)
-        masks = self._class_masks(regions, labels).sigmoid()
-        ious = self._class_ious(regions, masks, labels)
+        masks = self.class_masks(regions, labels).sigmoid()
+        ious = self.class_ious(regions, masks, labels)
         mask_probs = masks.new_zeros((*valid.shape, MASK_SIZE, MASK_SIZE))
         mask_probs[valid] = masks
         mask_scores = torch.zeros_like(found["scores"])
@@ -172,26 +172,26 @@ class CenterMask(nn.Module):
     ) -> Tensor:
         areas = sizes.to(boxes_xyxy.dtype).prod(1)[image_indices]
         levels = assign_levels(
-            boxes_xyxy, areas, min_level=_MASK_LEVELS[0], max_level=_MASK_LEVELS[-1]
+            boxes_xyxy, areas, min_level=MASK_LEVELS[0], max_level=MASK_LEVELS[-1]
         )
-        features = [raw[f"p{level}"] for level in _MASK_LEVELS]
+        features = [raw[f"p{level}"] for level in MASK_LEVELS]
         return pool_regions(
             features,
             STRIDES[: len(features)],
             boxes_xyxy,
             image_indices,
-            levels - _MASK_LEVELS[0],
-            size=_REGION_SIZE,
+            levels - MASK_LEVELS[0],
+            size=REGION_SIZE,
         )
 
-    def _class_masks(self, regions: Tensor, labels: Tensor) -> Tensor:
+    def class_masks(self, regions: Tensor, labels: Tensor) -> Tensor:
         """Mask logits (M, 28, 28) of each region's own class."""
-        rows = torch.arange(len(labels), device=labels.device)
+        rows = torch.arange(labels.shape[0], device=labels.device)
         return self.mask_head(regions)[rows, labels].to(regions.dtype)  # type: ignore[no-any-return]
 
-    def _class_ious(self, regions: Tensor, mask_probs: Tensor, labels: Tensor) -> Tensor:
+    def class_ious(self, regions: Tensor, mask_probs: Tensor, labels: Tensor) -> Tensor:
         """Predicted mask IoU (M,) of each region's own class."""
-        rows = torch.arange(len(labels), device=labels.device)
+        rows = torch.arange(labels.shape[0], device=labels.device)
         ious = self.mask_iou_head(regions, mask_probs)[rows, labels]
         return ious.to(regions.dtype)  # type: ignore[no-any-return]
 
@@ -205,8 +205,8 @@ class CenterMask(nn.Module):
         )
         labels = torch.cat([t.labels[m] for t, m in zip(targets, matches, strict=True)])
         regions = self._pool(raw, torch.cat(boxes), image_indices, sizes)
-        logits = self._class_masks(regions, labels)
-        ious = self._class_ious(regions, logits.detach().sigmoid(), labels)
+        logits = self.class_masks(regions, labels)
+        ious = self.class_ious(regions, logits.detach().sigmoid(), labels)
         if len(logits) == 0:  # keeps every parameter in the graph
             nothing = logits.sum() + ious.sum()
             return {"loss_mask": nothing, "loss_mask_iou": nothing}

@@ -240,8 +240,11 @@ class DSOD(nn.Module):
         """boxes (B, K, 4) in input pixels, cut at the image; scores, labels, valid (B, K), best
         first.
         """
+        return select_detections(*self.candidates(raw, sizes), sizes, self.config)
+
+    def candidates(self, raw: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (B, A, 4) and class probabilities (B, A, C), 0 of priors outside the image."""
         anchors = raw["anchors"].expand_as(raw["deltas"])
         boxes = decode_boxes(raw["deltas"], anchors, weights=VARIANCE_WEIGHTS)
         usable = priors_inside(raw["anchors"], sizes)
-        probabilities = raw["logits"].softmax(2)[..., :-1] * usable[:, :, None]
-        return select_detections(boxes, probabilities, sizes, self.config)
+        return boxes, raw["logits"].softmax(2)[..., :-1] * usable[:, :, None]

@@ -8,7 +8,7 @@ detections.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import log
+from math import log, prod
 
 import torch
 from torch import Tensor, nn
@@ -249,7 +249,11 @@ def fcos_detect(
     distances = raw["distances"].split(counts, dim=1)
     centerness = raw["centerness"].split(counts, dim=1)
     levels = [
-        _level_candidates(*one_level, config)
+        level_candidates(
+            *one_level,
+            count=min(config.pre_nms_top_k, prod(one_level[0].shape[1:])),
+            config=config,
+        )
         for one_level in zip(logits, distances, centerness, points, STRIDES, strict=True)
     ]
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
@@ -278,21 +282,23 @@ def fcos_detect(
     }
 
 
-def _level_candidates(
+def level_candidates(
     logits: Tensor,
     distances: Tensor,
     centerness: Tensor,
     points: Tensor,
     stride: int,
+    *,
+    count: int,
     config: FCOSConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best boxes (B, k, 4), scores and labels (B, k) of one level; score 0 below the
-    threshold.
+    """The `count` best boxes (B, count, 4), scores and labels (B, count) of one level; score 0
+    below the threshold.
     """
     probability = logits.sigmoid()  # (B, P, C)
     joint = probability * centerness.sigmoid()[:, :, None]
     joint = torch.where(probability > config.score_threshold, joint, 0).flatten(1)
-    best, index = joint.topk(min(config.pre_nms_top_k, joint.shape[1]))
+    best, index = joint.topk(count)
     location = index // config.num_classes
     chosen = distances.gather(1, location[:, :, None].expand(-1, -1, 4))
     boxes = distances_to_boxes(points[location], chosen * stride)

@@ -204,13 +204,15 @@ class RefineDet(nn.Module):
         """boxes (B, K, 4) in input pixels, cut at the image; scores, labels, valid (B, K), best
         first.
         """
-        config = self.config
+        return select_detections(*self.candidates(raw, sizes), sizes, self.config)
+
+    def candidates(self, raw: dict[str, Tensor], sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (B, A, 4) and class probabilities (B, A, C), 0 of anchors that do not count."""
         refined = refine_anchors(raw)
         boxes = decode_boxes(raw["deltas"], refined, weights=VARIANCE_WEIGHTS)
         usable = priors_inside(raw["anchors"], sizes)
-        usable &= raw["arm_logits"].softmax(2)[..., 0] >= config.objectness_threshold
-        probabilities = raw["logits"].softmax(2)[..., :-1] * usable[:, :, None]
-        return select_detections(boxes, probabilities, sizes, config)
+        usable &= raw["arm_logits"].softmax(2)[..., 0] >= self.config.objectness_threshold
+        return boxes, raw["logits"].softmax(2)[..., :-1] * usable[:, :, None]
 
 
 def refine_anchors(raw: dict[str, Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training programs put the weights in a checkpoint; averaged ones go first, as in timm."""
 
 _STAGES = 4  # of a whole backbone
+_OFFSETS = ".conv_offset."  # in the names of a deformable convolution's own weights
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _TYPES = _FLOATS | {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool}
 
@@ -72,7 +73,15 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
 
 
 def fetch_published(name: str) -> dict[str, Tensor]:
-    """The published ImageNet weights of a variant from the hub or its cache (HF_HOME,
+    """The published ImageNet weights of a variant; see fetch_published_file.
+
+    Raises ConfigError.
+    """
+    return read_weights(fetch_published_file(name))
+
+
+def fetch_published_file(name: str) -> Path:
+    """The file of the published ImageNet weights of a variant, from the hub or its cache (HF_HOME,
     HF_HUB_OFFLINE).
 
     Raises ConfigError where the variant has none, they cannot be had, or the file is damaged.
@@ -95,7 +104,7 @@ def fetch_published(name: str) -> dict[str, Tensor]:
             "that is), or download the file and give its path as checkpoint_path"
         ) from error
     check_sha256(path, published.sha256)
-    return read_weights(path)
+    return path
 
 
 def check_sha256(path: Path, expected: str | None) -> None:
@@ -300,10 +309,16 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str
 def load_backbone(backbone: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
     """Loads a classifier's weights into a backbone, leaving the classifier out, and the stages that
     the backbone ends before; raises ConfigError.
+
+    The offsets of deformable convolutions stay as they are, zero at first, where a plain network's
+    weights have none.
     """
     stages: nn.Module = backbone.get_submodule("stages")
     unused = ("head.", *(f"stages.{n}." for n in range(len(list(stages.children())), _STAGES)))
-    kept = {name: v for name, v in backbone.state_dict().items() if name.startswith("head.")}
+    own = backbone.state_dict()
+    kept = {name: value for name, value in own.items() if name.startswith("head.")}
+    if not any(_OFFSETS in name for name in tensors):
+        kept |= {name: value for name, value in own.items() if _OFFSETS in name}
     wanted = {name: value for name, value in tensors.items() if not name.startswith(unused)}
     load_tensors(backbone, wanted | kept, where=where)
 
@@ -323,7 +338,8 @@ def _check_folder(folder: Path, name: str) -> ModelConfig:
     """
     config = load_config(folder)
     found = config.architecture
-    if found != name and not found.endswith(f"_{name}"):
+    plain = name.replace("_dcn", "")  # a deformable network starts from the plain one's
+    if not any(found == one or found.endswith(f"_{one}") for one in (name, plain)):
         raise ConfigError(f"{folder}: expected the weights of {name}, found those of {found}")
     return config
 

@@ -11,7 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
+from vovnet.exported import is_export
+from vovnet.graph_file import is_graph_file
 from vovnet.images import read_image
 from vovnet.model_folder import ModelConfig, bundled_models, load_config, resolve_model
 from vovnet.models.deploy import fold_batch_norms
@@ -60,10 +63,12 @@ def find_target(text: str) -> Target:
     Raises ConfigError saying what was expected.
     """
     path = Path(text)
-    if path.suffix == ".onnx":
+    if path.suffix == ".onnx" and not is_export(path):
         if not path.is_file():
             raise ConfigError(f"{path}: expected an ONNX file, found none")
         return Target(printable(path.name), "onnx", "", path)
+    if is_graph_file(path) and path.is_file():
+        return Target(printable(path.name), "folder", load_config(path).task, path)
     if (path / "config.json").is_file() or text in bundled_models():
         folder = resolve_model(text)
         name = printable(folder.resolve().name)
@@ -122,7 +127,11 @@ def load_module(target: Target, *, device: torch.device | None = None) -> nn.Mod
     """
     if target.module is not None:
         return target.module
-    if target.kind == "folder" and target.path is not None:
+    if target.kind == "folder" and target.path is not None and target.path.is_file():
+        config = load_config(target.path)  # an exported file; its weights change no cost
+        with torch.device(device or "cpu"):
+            module = create_model(config.architecture, **config.model_args)
+    elif target.kind == "folder" and target.path is not None:
         module = build_model(target.path)
     else:
         with torch.device(device or "cpu"):
@@ -147,7 +156,7 @@ def open_network(
         set_threads(point.threads)
     if target.kind == "onnx":
         return _open_onnx(target, point)
-    if target.kind == "folder" and target.task != "classify":
+    if target.kind == "folder" and (target.task != "classify" or runs_exported(target, engine)):
         return _open_folder(target, point, engine=engine, device=device, image=image)
     if engine not in ("auto", "torch"):
         raise ConfigError(f"engine: expected torch for {target.name}, got {engine!r}")
@@ -155,6 +164,12 @@ def open_network(
     if target.module is None:
         fold_batch_norms(module)
     return open_module(module, _module_inputs(target, point), point, device=choose_device(device))
+
+
+def runs_exported(target: Target, engine: str) -> bool:
+    """Whether an exported file is run: the target itself, or what lies beside its weights."""
+    is_file = target.path is not None and target.path.is_file()
+    return target.kind == "folder" and (is_file or engine not in ("auto", "torch"))
 
 
 def open_module(
@@ -259,7 +274,8 @@ def _open_folder(
 ) -> Network:
     if target.path is None:
         raise ConfigError(f"{target.name}: expected the path of a model folder, got none")
-    predictor = Predictor.load(
+    load = Classifier.load if target.task == "classify" else Predictor.load
+    predictor: Classifier | Predictor = load(
         target.path,
         engine=engine,
         precision=point.precision,

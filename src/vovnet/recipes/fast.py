@@ -4,7 +4,7 @@ resizing), one cycle of the learning rate, averaged weights.
 Command: vovnet train --task classify --recipe fast --data DIR --max-minutes 10
 """
 
-from vovnet.training.config import TrainConfig
+from vovnet.training.config import Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -13,9 +13,9 @@ def config() -> TrainConfig:
         task="classify",
         model="ese_vovnet19b_slim",
         augment={
-            "image_size": 96,
-            "first_image_size": 48,
-            "full_size_from": 0.8,
+            "image_size": 64,
+            "first_image_size": 32,
+            "full_size_from": 0.7,
             "scale": (0.35, 1.0),
             "brightness": 0.2,
             "contrast": 0.2,
@@ -33,3 +33,13 @@ def config() -> TrainConfig:
         class_balance="none",
         name="fast",
     )
+
+
+RECIPES = (
+    Recipe(
+        name="fast",
+        config=config(),
+        data="own pictures, a folder for each class",
+        source="this project",
+    ),
+)

@@ -3,7 +3,7 @@
 Command: vovnet train --recipe finetune --pretrained --data DIR
 """
 
-from vovnet.training.config import TrainConfig
+from vovnet.training.config import Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -32,3 +32,13 @@ def config() -> TrainConfig:
         patience=8,
         name="finetune",
     )
+
+
+RECIPES = (
+    Recipe(
+        name="finetune",
+        config=config(),
+        data="own pictures, a folder for each class",
+        source="this project",
+    ),
+)

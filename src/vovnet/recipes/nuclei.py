@@ -3,7 +3,7 @@
 Command: vovnet train --recipe nuclei --data DIR
 """
 
-from vovnet.training.config import TrainConfig
+from vovnet.training.config import Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -45,3 +45,14 @@ def config() -> TrainConfig:
         export_half=True,
         name="nuclei",
     )
+
+
+RECIPES = (
+    Recipe(
+        name="nuclei",
+        config=config(),
+        data="nuclei in microscopy images",
+        source="this project",
+        notes=("The run behind the bundled model nuclei.",),
+    ),
+)

@@ -3,7 +3,7 @@
 Command: torchrun --nproc-per-node 8 -m vovnet train --recipe paper --data DIR
 """
 
-from vovnet.training.config import TrainConfig
+from vovnet.training.config import Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -28,3 +28,19 @@ def config() -> TrainConfig:
         ema_decay=0.0,
         name="paper",
     )
+
+
+RECIPES = (
+    Recipe(
+        name="paper",
+        config=config(),
+        data="ImageNet-1k",
+        source="VoVNet.pytorch, main.py and README",
+        expected={"top-1": 76.77, "top-5": 93.43},
+        one_gpu_batch=32,
+        notes=(
+            "The README says 128 images in a step where the script's default is 256.",
+            "For VoVNet-57, --model vovnet57: top-1 77.73, top-5 93.72.",
+        ),
+    ),
+)

@@ -16,8 +16,8 @@ from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
 from vovnet.published import find_published, published_preprocess
+from vovnet.runtime.threads import check_threads
 
-MAX_THREADS = 1024
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,6 +25,7 @@ class TorchEngine:
     """An Engine around a graph that is already built; the graph moves to the device."""
 
     name = "torch"
+    chosen_because = ""
 
     def __init__(
         self,
@@ -86,15 +87,10 @@ def load(
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the CPU threads of the process, None leaves them; raises ConfigError on no such count.
-
-    Far above the number of cores torch ends the process without a word.
-    """
-    if threads is None:
-        return
-    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
-        raise ConfigError(f"threads: expected a whole number in 1..{MAX_THREADS}, got {threads!r}")
-    torch.set_num_threads(threads)
+    """Sets the CPU threads of the process, None leaves them; raises ConfigError on no such count."""
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,7 +1,8 @@
 """The settings of one training: command-line flags over an optional YAML file over a recipe."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -16,9 +17,9 @@ DEFAULT_CLASSIFIER = "ese_vovnet19b_slim"
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 20
 _RECIPES = Path(__file__).parent.parent / "recipes"
-# Of each pair one is set; a layer that sets one replaces whichever a lower layer has set.
+# Of each group one is set; a layer that sets one replaces whichever a lower layer has set.
 _EXCLUSIVE = (
-    ("epochs", "max_minutes"),
+    ("epochs", "max_minutes", "max_steps"),
     ("eval_every_epochs", "eval_every_minutes"),
     ("warmup_fraction", "warmup_steps"),
 )
@@ -101,6 +102,7 @@ class TrainConfig(BaseModel):
     max_minutes: float | None = Field(
         None, gt=0, description="length in minutes of wall time, evaluations included"
     )
+    max_steps: int | None = Field(None, ge=1, description="length in steps of the optimizer")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the optimizer")
     learning_rate: float = Field(
         0.01, gt=0, allow_inf_nan=False, description="its highest value, after the warm-up"
@@ -155,25 +157,50 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_pairs(cls, values: Any) -> Any:
+    def _complete_groups(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         defaults = {"epochs": DEFAULT_EPOCHS, "eval_every_epochs": 1, "warmup_fraction": 0.02}
-        for first, second in _EXCLUSIVE:
-            if values.get(first) is None and values.get(second) is None:
-                values = {**values, first: defaults[first]}
+        for group in _EXCLUSIVE:
+            if all(values.get(name) is None for name in group):
+                values = {**values, group[0]: defaults[group[0]]}
         if values.get("model") is None and values.get("task") == "classify":
             values = {**values, "model": DEFAULT_CLASSIFIER}
         return values
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
-        for first, second in _EXCLUSIVE:
-            if getattr(self, first) is not None and getattr(self, second) is not None:
-                raise ValueError(f"expected one of {first} and {second}, found both")
+    def _check_groups(self) -> Self:
+        for group in _EXCLUSIVE:
+            found = [name for name in group if getattr(self, name) is not None]
+            if len(found) > 1:
+                count = "both" if len(found) == 2 else "all"
+                raise ValueError(f"expected one of {' and '.join(found)}, found {count}")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("expected nesterov with sgd and a momentum alone")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The settings of one training, and what is known of it.
+
+    data            what it trains and evaluates on
+    source          where the settings and the figures stand
+    expected        published figures by name, in percent; empty where there are none
+    needs_weights   the backbone starts from ImageNet weights, which the user has to name
+    one_gpu_batch   images in a step where one GPU does what the source did with several; None: the
+                    settings are for one device as they are
+    notes           what is unknown of the source, and where this differs from it
+    """
+
+    name: str
+    config: TrainConfig
+    data: str
+    source: str
+    expected: Mapping[str, float] = field(default_factory=dict)
+    needs_weights: bool = False
+    one_gpu_batch: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def check_task(config: TrainConfig, task: str) -> None:
@@ -189,9 +216,21 @@ def check_task(config: TrainConfig, task: str) -> None:
             raise ConfigError(f"{name}: expected none for a model to {task}, got {value!r}")
 
 
-def list_recipes() -> list[str]:
-    """Names of the recipes that come with the library, sorted."""
-    return sorted(path.stem for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
+def list_recipes() -> list[Recipe]:
+    """The recipes that come with the library, by family and there in their tables' order."""
+    modules = sorted(path.stem for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
+    families = [_lazy.load(f"vovnet.recipes.{module}:RECIPES") for module in modules]
+    return [recipe for family in families for recipe in cast(tuple[Recipe, ...], family)]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name; raises ConfigError with the closest one where there is none."""
+    recipes = {recipe.name: recipe for recipe in list_recipes()}
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`vovnet recipes` lists them"
+        raise ConfigError(f"recipe: expected a recipe of the library, found {name!r}; {hint}")
+    return recipes[name]
 
 
 def load_config(
@@ -202,14 +241,18 @@ def load_config(
     Settings that are themselves mappings (model_overrides, preprocess, augment) merge key by key.
     Raises ConfigError naming what was expected and found.
     """
-    merged: dict[str, Any] = _recipe_layer(recipe) if recipe is not None else {}
+    base = None if recipe is None else find_recipe(recipe)
+    merged = {} if base is None else base.config.model_dump(exclude_unset=True)
     if yaml_path is not None:
         merged = _merge(merged, _yaml_layer(yaml_path), str(yaml_path))
     given = {key: value for key, value in flags.items() if value is not None}
     merged = _merge(merged, given, "the command line")
     if merged.get("data") is None:
         raise ConfigError("data: expected the folder of a data set (--data DIR), found nothing")
-    return _validate(merged)
+    config = _validate(merged)
+    if base is not None and base.needs_weights:
+        _require_weights(config, base.name)
+    return config
 
 
 def resume_config(run_dir: Path, flags: Mapping[str, object]) -> TrainConfig:
@@ -223,9 +266,12 @@ def parse_config(values: Mapping[str, Any], *, where: str) -> TrainConfig:
     return _validate(_merge({}, values, where))
 
 
-def config_to_yaml(config: TrainConfig) -> str:
-    """Every setting with its value, as YAML that load_config reads back."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def config_to_yaml(config: TrainConfig, *, only_set: bool = False) -> str:
+    """Every setting with its value, or those alone that differ from the defaults, as YAML that
+    load_config reads back.
+    """
+    values = config.model_dump(mode="json", exclude_defaults=only_set)
+    text: str = yaml.safe_dump(values, sort_keys=False)
     return text
 
 
@@ -235,20 +281,12 @@ def closest(name: str, known: list[str]) -> str:
     return f"did you mean {matches[0]!r}?" if matches else f"known: {', '.join(known)}"
 
 
-def _recipe_layer(recipe: str) -> dict[str, Any]:
-    names = list_recipes()
-    if recipe not in names:
+def _require_weights(config: TrainConfig, recipe: str) -> None:
+    if config.backbone_weights is None and config.init is None:
         raise ConfigError(
-            f"recipe: expected a recipe of the library, found {recipe!r}; {closest(recipe, names)}"
+            f"recipe {recipe}: expected ImageNet weights to start the backbone from "
+            "(--backbone-weights FILE, or --pretrained for a model with published ones), found none"
         )
-    make_config = cast(Callable[[], object], _lazy.load(f"vovnet.recipes.{recipe}:config"))
-    config = make_config()
-    if not isinstance(config, TrainConfig):
-        raise ConfigError(
-            f"recipe {recipe}: expected config() to return a TrainConfig, "
-            f"found {type(config).__name__}"
-        )
-    return config.model_dump(exclude_unset=True)
 
 
 def _yaml_layer(path: Path) -> dict[str, Any]:
@@ -292,10 +330,9 @@ def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> dict[s
                 f"{where}: expected the name of a setting, found {key!r}; {closest(key, known)}"
             )
     merged = dict(base)
-    for first, second in _EXCLUSIVE:
-        if layer.get(first) is not None or layer.get(second) is not None:
-            merged.pop(first, None)
-            merged.pop(second, None)
+    for group in _EXCLUSIVE:
+        if any(layer.get(name) is not None for name in group):
+            merged = {key: value for key, value in merged.items() if key not in group}
     for key, value in layer.items():
         nested = key in _NESTED and isinstance(value, Mapping)
         merged[key] = {**merged.get(key, {}), **value} if nested else value

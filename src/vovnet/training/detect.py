@@ -14,7 +14,7 @@ from vovnet.data.check import describe
 from vovnet.data.formats import load_split
 from vovnet.data.labels import DetectionData, has_masks
 from vovnet.data.preset import TrainPreset
-from vovnet.errors import DataError
+from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import IouType, Metrics, evaluate_coco, predict_images
 from vovnet.model_folder import ModelConfig
 from vovnet.models.deploy import DeployGraph
@@ -41,6 +41,11 @@ class DetectorTask:
         self.preprocess = Preprocess.from_dict(preprocess_fields(config) | config.preprocess)
         preset = TrainPreset.from_dict(config.augment)
         if config.image_size is not None:
+            if preset.geometry == "whole":
+                raise ConfigError(
+                    "image_size: expected none where augment shows whole images; "
+                    "augment.short_sides and preprocess say their size"
+                )
             preset = replace(preset, output_size=(config.image_size, config.image_size))
         self.train_data, self.val_data, self.skipped = load_splits(config, skip_bad=skip_bad)
         self.class_names = self.train_data.class_names

@@ -209,9 +209,12 @@ class _PlacedDataset(Dataset[Any]):
     def __init__(self, dataset: EpochDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, place: _Place) -> Any:
-        self.dataset.set_place(place.epoch, place.progress)
-        return self.dataset[place.index]
+    def __getitems__(self, places: Sequence[_Place]) -> Sequence[Any]:
+        """The items of a batch, together where the data set has a way of its own for that."""
+        self.dataset.set_place(places[0].epoch, places[0].progress)
+        indices = [place.index for place in places]
+        together = getattr(self.dataset, "__getitems__", None)
+        return together(indices) if together else [self.dataset[index] for index in indices]
 
 
 class _EndlessBatches(Sampler[list[_Place]]):

@@ -66,9 +66,9 @@ LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 FINAL_RESAMPLES = 200
 # What a resumed training may change; all else would make it another training.
 _FREE_ON_RESUME = {
-    "data", "epochs", "max_minutes", "eval_every_epochs", "eval_every_minutes", "log_every_steps",
-    "checkpoint_every_minutes", "threads", "workers", "device", "export_half", "licence", "name",
-    "runs_dir",
+    "data", "epochs", "max_minutes", "max_steps", "eval_every_epochs", "eval_every_minutes",
+    "log_every_steps", "checkpoint_every_minutes", "threads", "workers", "device", "export_half",
+    "licence", "name", "runs_dir",
 }  # fmt: skip
 
 
@@ -310,6 +310,8 @@ def _is_stale(run: _Run) -> bool:
 def _budget(config: TrainConfig, batches_per_epoch: int) -> Budget:
     if config.max_minutes is not None:
         return Budget(max_seconds=60 * config.max_minutes)
+    if config.max_steps is not None:
+        return Budget(total_steps=config.max_steps)
     assert config.epochs is not None
     return Budget(total_steps=max(1, math.ceil(config.epochs * batches_per_epoch)))
 

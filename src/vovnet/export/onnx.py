@@ -1,0 +1,137 @@
+"""A graph as an ONNX file, and that as OpenVINO's."""
+
+import importlib
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from vovnet.errors import ConfigError
+from vovnet.export.fuse import large_weights
+from vovnet.export.graph import ExportedClassifier, Graph
+from vovnet.export.suppress import onnx_functions
+from vovnet.runtime.openvino import import_openvino, read_model
+
+OPSET = 20
+_EXAMPLE_SIDES = (96, 128)  # height and width that a graph with open sizes is traced at
+_MAX_BYTES = 2**31 - 2**20  # protobuf's limit, less what is added
+
+
+def write_onnx(
+    graph: Graph,
+    path: Path,
+    *,
+    sides: tuple[int, int] | None,
+    half: bool,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a graph of export.graph with its metadata; raises ConfigError where it cannot be.
+
+    sides: height and width of every image, None where they are open; then a detector's are
+    multiples of 32. half stores large weights in half precision; what computes sees float32.
+    """
+    proto = _trace(graph.eval(), sides).model_proto
+    _strip(proto)
+    if half:
+        _store_half(proto, [name for name, _ in large_weights(graph)])
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    if proto.ByteSize() > _MAX_BYTES:
+        raise ConfigError(f"export: expected less than 2 GB, got {proto.ByteSize()} bytes")
+    path.write_bytes(proto.SerializeToString())
+
+
+def write_openvino(onnx_file: Path, path: Path) -> None:
+    """Writes an ONNX file in OpenVINO's form, .xml and beside it .bin; the metadata goes along.
+
+    By OpenVINO's reader, never its converter, which reports home.
+    """
+    openvino = import_openvino()
+    openvino.save_model(read_model(openvino.Core(), onnx_file), str(path), compress_to_fp16=False)
+
+
+def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:
+    _require("onnxscript")
+    inputs = _example_inputs(graph, sides)
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.inference_mode(False):
+        warnings.simplefilter("ignore")  # of the exporter to its own authors
+        with torch.no_grad():
+            outputs = list(graph(*inputs.values()))
+            return torch.onnx.export(
+                graph,
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=outputs,
+                dynamic_shapes=_dynamic_shapes(graph, sides),
+                custom_translation_table=onnx_functions(),
+                verbose=False,
+            )
+
+
+def _example_inputs(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Tensor]:
+    height, width = sides or _EXAMPLE_SIDES
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, height, width, 3)
+    values = {
+        "images": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        "sizes": torch.tensor([[height, width], [height - 1, width - 2]]),
+        "min_score": torch.zeros(1),
+    }
+    return {name: values[name] for name in graph.inputs}
+
+
+def _dynamic_shapes(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Any]:
+    batch = Dim("batch", min=1, max=65_535)
+    images: dict[int, Any] = {0: batch}
+    if sides is None:
+        unit = 1 if isinstance(graph, ExportedClassifier) else 32
+        rows, columns = (Dim(f"{name}_{unit}", min=-(-32 // unit), max=4096) for name in "hw")
+        images |= {1: unit * rows, 2: unit * columns}
+    shapes: dict[str, Any] = {"images": images, "sizes": {0: batch}, "min_score": None}
+    return {name: shapes[name] for name in graph.inputs}
+
+
+def _strip(proto: Any) -> None:
+    """Takes out what tells of the machine that wrote the file: the exporter notes source lines."""
+    graph = proto.graph
+    del proto.metadata_props[:], graph.metadata_props[:]
+    for part in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+        for entry in part:
+            entry.doc_string = ""
+            if hasattr(entry, "metadata_props"):
+                del entry.metadata_props[:]
+    proto.doc_string = graph.doc_string = ""
+
+
+def _store_half(proto: Any, names: Collection[str]) -> None:
+    """Stores large weights as float16 behind a Cast, which engines compute once when they load."""
+    onnx: Any = _require("onnx")
+    casts = []
+    for stored in proto.graph.initializer:
+        if stored.name not in names:
+            continue
+        values, name = onnx.numpy_helper.to_array(stored), stored.name
+        stored.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), f"{name}.half"))
+        casts.append(
+            onnx.helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
+        )
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(
+            f"export: expected {package} to be installed: pip install 'vovnet[export]'"
+        ) from None

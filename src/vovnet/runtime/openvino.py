@@ -1,0 +1,93 @@
+"""An exported file run by OpenVINO, on the CPU and without torch."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vovnet.errors import ConfigError
+from vovnet.runtime.exported import ExportedFile, open_exported
+from vovnet.runtime.threads import check_threads
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+class OpenVinoEngine:
+    """An Engine around an exported file, .xml or .onnx; raises ConfigError.
+
+    precision fp32, or what the processor has of bf16 and fp16.
+    """
+
+    name = "openvino"
+    device = "cpu"
+    chosen_because = ""
+
+    def __init__(self, file: ExportedFile, *, precision: str, threads: int | None) -> None:
+        core = import_openvino().Core()
+        _check_precision(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
+        if threads is not None:
+            options |= {"INFERENCE_NUM_THREADS": str(threads)}
+        compiled = core.compile_model(read_model(core, file.path), "CPU", options)
+        self.file = file
+        self.precision = precision
+        self.max_detections = file.max_detections
+        self.has_masks = file.has_masks
+        self._names = [output.get_any_name() for output in compiled.outputs]
+        self._request = compiled.create_infer_request()
+        self._lock = Lock()  # a request holds one batch at a time
+
+    def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """As Engine.infer."""
+        feeds = self.file.feeds(images, sizes)
+        with self._lock:
+            found = self._request.infer(feeds, share_inputs=True)
+        return self.file.results(self._names, list(found.values()))
+
+
+def load(
+    model: Path,
+    *,
+    precision: str,
+    device: str,
+    threads: int | None,
+    settings: Mapping[str, object],
+) -> OpenVinoEngine:
+    """The engine of an exported file, in fp32 unless stated; raises ConfigError."""
+    check_threads(threads)
+    file = open_exported(model, device=device, settings=settings)
+    return OpenVinoEngine(
+        file, precision="fp32" if precision == "auto" else precision, threads=threads
+    )
+
+
+def import_openvino() -> Any:
+    """The package; raises ConfigError where it is not installed."""
+    try:
+        return importlib.import_module("openvino")
+    except ImportError:
+        raise ConfigError(
+            "engine: expected openvino to be installed: pip install 'vovnet[export]'"
+        ) from None
+
+
+def read_model(core: Any, path: Path) -> Any:
+    """The network of an .onnx or .xml file; raises ConfigError where OpenVINO cannot read it."""
+    try:
+        return core.read_model(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{path}: expected a network that OpenVINO reads: {reason}") from None
+
+
+def _check_precision(precision: str, capabilities: list[str]) -> None:
+    if precision != "fp32" and precision.upper() not in capabilities:
+        known = [name for name in _HINTS if name.upper() in capabilities]
+        raise ConfigError(
+            f"precision: expected {' or '.join(known)}, which this processor has in OpenVINO, "
+            f"got {precision!r}"
+        )
