@@ -1,11 +1,16 @@
 """What tests of several modules share: small model folders with random weights."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from vovnet.export.check import made_up_pictures
+from vovnet.export.model import export_model, load_source
+from vovnet.export.onnx import write_openvino
+from vovnet.exported import ONNX_FILE, OPENVINO_FILE
 from vovnet.model_folder import ModelConfig, save_model_folder
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
@@ -52,6 +57,31 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network without classes."""
     return save_classifier(tmp_path_factory.mktemp("models") / "backbone", class_names=[])
+
+
+@pytest.fixture(scope="session")
+def exported_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The segmenter with its exports beside."""
+    return add_exports(model_folder, tmp_path_factory.mktemp("exports") / "small")
+
+
+@pytest.fixture(scope="session")
+def exported_classifier_folder(
+    classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The classifier with its exports beside."""
+    return add_exports(classifier_folder, tmp_path_factory.mktemp("exports") / "classifier")
+
+
+def add_exports(source: Path, folder: Path) -> Path:
+    """A copy of a model folder with both exports, which are compared with torch on the way."""
+    shutil.copytree(source, folder)
+    done = export_model(load_source(folder), folder / ONNX_FILE, made_up_pictures())
+    assert {one.engine for one in done.comparisons} == {"onnxruntime", "openvino"}
+    assert done.problems == []
+    (folder / OPENVINO_FILE).parent.mkdir()
+    write_openvino(folder / ONNX_FILE, folder / OPENVINO_FILE)
+    return folder
 
 
 def save_classifier(folder: Path, *, class_names: list[str]) -> Path:

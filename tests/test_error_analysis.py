@@ -169,16 +169,27 @@ def test_figures_are_those_of_evaluate_coco(seed: int) -> None:
     assert everything.ar == expected.ar
     np.testing.assert_array_equal([c.ap for c in classes], expected.ap_per_class)
     assert [c.name for c in classes] == list(data.class_names)
-    # The recall of a size is that of a data set in which all else is difficult.
-    small = [
-        replace(
-            image,
-            annotations=tuple(
-                replace(a, is_difficult=a.is_difficult or a.area > 32**2) for a in image.annotations
+
+
+def test_classes_keep_their_figures_where_their_ids_are_not_sorted() -> None:
+    data, predictions = random_case(1)
+    assert list(data.category_ids) != sorted(data.category_ids)
+    figures = evaluate_coco(data, predictions, iou_types=("bbox",)).by_type["bbox"]
+    for label, category_id in enumerate(data.category_ids):
+        alone = DetectionData(
+            tuple(
+                replace(
+                    image,
+                    annotations=tuple(
+                        replace(a, label=0) for a in image.annotations if a.label == label
+                    ),
+                )
+                for image in data.images
             ),
+            (data.class_names[label],),
+            (category_id,),
+            data.annotation_file,
         )
-        for image in data.images
-    ]
-    assert curves.recall.shape == (10, 3, 4)
-    counted = sum(not a.is_ignored for image in small for a in image.annotations)
-    assert (counted == 0) == np.isnan(everything.ar_by_area[0])
+        mine = [p for p in predictions if p["category_id"] == category_id]
+        expected = evaluate_coco(alone, mine, iou_types=("bbox",)).by_type["bbox"].ap
+        assert figures.ap_per_class[label] == pytest.approx(expected, nan_ok=True)

@@ -60,12 +60,13 @@ def test_four_pictures_meet_at_the_centre() -> None:
         for number, size in enumerate(quarters)
     ]
     parts[0] = picture((3, 4), 10, (1, 1, 3, 3))  # too low for its quarter
+    parts[2] = picture((7, 3), 30, (1, 1, 3, 3), label=2)  # too narrow
     before = [part[0].clone() for part in parts]
     image, target = join_mosaic(parts, (5, 4), (12, 10), (0, 0, 0))
-    assert image[..., 0][[2, 2, 11, 11], [0, 9, 0, 9]].tolist() == [10, 20, 30, 40]
-    assert image[:2, :4].max() == 0
+    assert image[..., 0][[2, 2, 11, 11], [0, 9, 1, 9]].tolist() == [10, 20, 30, 40]
+    assert image[:2, :4].max() == image[5:, 0].max() == 0
     assert target.labels.tolist() == [0, 1, 2, 3]
-    expected = [[1, 3, 3, 5], [5, 1, 7, 3], [1, 6, 3, 8], [5, 6, 7, 8]]
+    expected = [[1, 3, 3, 5], [5, 1, 7, 3], [2, 6, 4, 8], [5, 6, 7, 8]]
     assert target.boxes_xyxy.tolist() == expected
     for mask, value in zip(masks_of(target), (11, 21, 31, 41), strict=True):
         assert torch.equal(mask.bool(), image[..., 0] == value)

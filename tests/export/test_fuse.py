@@ -47,14 +47,17 @@ def test_the_fused_network_gives_the_same(
         0, 256, (len(sizes), *side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     given = torch.tensor(sizes)
-    with torch.inference_mode():
-        expected = network.forward_features(Normalize(MEAN, STD)(images, given))
-        fused = fuse_network(network, std=STD)
-        found = fused.forward_features(CenteredInput(MEAN)(images, given))
-    assert expected.std() > 1e-3 * expected.abs().max() > 0
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-    for rim in (found[..., 0, :] - expected[..., 0, :], found[..., -1] - expected[..., -1]):
-        assert rim.abs().max() <= 1e-5 * expected.abs().max()
+    # Offsets of deformable convolutions make a rounding error large.
+    limits = {torch.float64: 1e-10, torch.float32: 1e-3 if "dcn" in variant else 1e-5}
+    for dtype, limit in limits.items():
+        normalize, center = Normalize(MEAN, STD).to(dtype), CenteredInput(MEAN).to(dtype)
+        network.to(dtype)
+        with torch.inference_mode():
+            expected = network.forward_features(normalize(images, given))
+            fused = fuse_network(network, std=STD)
+            found = fused.forward_features(center(images, given))
+        assert expected.std() > 1e-3 * expected.abs().max() > 0
+        assert (found - expected).abs().max() <= limit * expected.abs().max()
 
 
 def test_the_original_stays_as_it_was() -> None:

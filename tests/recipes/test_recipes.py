@@ -6,8 +6,10 @@ two). Kept: the kind of network and of norm, the blocks of each stage, the kind 
 optimizer, its rate and warm-up, and that the backbone starts from a file of weights.
 """
 
+import json
 import math
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from vovnet.training.run import _budget, train
 
 DETECTORS = [r for r in list_recipes() if r.config.max_steps is not None]
 BACKBONE_FIELDS = {field.name for field in fields(VoVNetConfig)}
+SHAPE_SETTINGS = ("norm", "head_norm", "blocks_per_stage")
 SMALL_BACKBONE = {
     "stem_channels": [16, 16, 16],
     "stage_conv_channels": [16, 16, 16, 16],
@@ -118,16 +121,23 @@ def count_numbers(model: torch.nn.Module) -> int:
     return sum(v.numel() for k, v in state.items() if not k.endswith(statistics))
 
 
-def build_full(config: TrainConfig, num_classes: int) -> torch.nn.Module:
+@cache
+def count_full(model: str, shape: str, num_classes: int) -> int:
     with torch.device("meta"):
-        return create_model(
-            config.model, num_classes=num_classes, overrides=model_overrides(config)
-        )
+        network = create_model(model, num_classes=num_classes, overrides=json.loads(shape))
+    return count_numbers(network)
+
+
+def full_size(recipe: Recipe, num_classes: int = 80) -> int:
+    """Learned numbers of the recipe's network, counted once for all that share it."""
+    settings = recipe.config.model_overrides
+    shape = {name: settings[name] for name in SHAPE_SETTINGS if name in settings}
+    return count_full(recipe.config.model, json.dumps(shape), num_classes)
 
 
 @pytest.mark.parametrize("recipe", DETECTORS, ids=name_of)
 def test_the_network_has_the_size_of_its_name(recipe: Recipe) -> None:
-    found = count_numbers(build_full(recipe.config, 80))
+    found = full_size(recipe)
     if recipe.config.model_overrides.keys() & {"blocks_per_stage", "head_norm"}:
         assert 1.0 < found / count_parameters(recipe.config.model) < 1.6
     else:
@@ -148,8 +158,7 @@ def test_the_network_has_the_size_of_its_name(recipe: Recipe) -> None:
 )
 def test_the_network_has_the_published_size(name, num_classes, millions) -> None:
     recipe = next(recipe for recipe in DETECTORS if recipe.name == name)
-    found = count_numbers(build_full(recipe.config, num_classes)) / 1e6
-    assert found == pytest.approx(millions, rel=0.012)
+    assert full_size(recipe, num_classes) / 1e6 == pytest.approx(millions, rel=0.012)
 
 
 @pytest.mark.parametrize("depth", [75, 93])
@@ -158,10 +167,9 @@ def test_the_deep_ones_have_the_layers_of_their_names(detector: str, depth: int)
     config = load_config(
         f"{detector}_vovnet{depth}_2x", None, {"data": "a", "backbone_weights": "b"}
     )
-    backbone = build_full(config, 80).get_submodule(
-        "backbone" if detector == "faster_rcnn" else "faster_rcnn.backbone"
-    )
-    blocks = sum(len(stage.blocks) for stage in backbone.stages)
+    with torch.device("meta"):
+        model = create_model(config.model, overrides=model_overrides(config))
+    blocks = sum(len(stage.blocks) for stage in model.backbone.stages)
     assert 3 + blocks * (5 + 1) == depth
 
 

@@ -16,8 +16,8 @@ def picture() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
-def test_results_have_the_declared_shapes(model_folder: Path, name: str) -> None:
-    engine = load_engine(model_folder, engine=name)
+def test_results_have_the_declared_shapes(exported_folder: Path, name: str) -> None:
+    engine = load_engine(exported_folder, engine=name)
     found = engine.infer(*picture())
     count = engine.max_detections
     assert engine.has_masks

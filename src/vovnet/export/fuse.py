@@ -66,7 +66,7 @@ class CenteredInput(nn.Module):
         """images (B, H, W, 3) uint8 RGB, sizes (B, 2) height and width, None where nothing is
         padded. Returns (B, 3, H, W) float, exactly zero outside the picture.
         """
-        centered: Tensor = images.permute(0, 3, 1, 2).float() - self.mean
+        centered: Tensor = images.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean
         if sizes is None:
             return centered
         rows = torch.arange(images.shape[1], device=images.device)[None] < sizes[:, :1]  # (B, H)

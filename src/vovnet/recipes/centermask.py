@@ -61,6 +61,7 @@ _ROW_NOTES = {
     "centermask_ese_vovnet19_36e": (
         "The source predicts no mask IoU with this backbone; here it is predicted."
     ),
+    "centermask_ese_vovnet99_36e": "On test-dev: 45.8 box AP, 40.6 mask AP.",
     "centermask_lite_ese_vovnet19_48e": "Of which split of COCO the figures are is unknown here.",
     "centermask_lite_ese_vovnet39_48e": "Of which split of COCO the figures are is unknown here.",
 }
