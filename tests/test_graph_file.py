@@ -1,4 +1,4 @@
-"""Texts of exported files, read without an engine; onnx and OpenVINO's own writers are the oracle."""
+"""Texts of exported files; onnx and OpenVINO's own writers are the oracle."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_openvino_metadata(tmp_path: Path) -> None:
 def test_other_content_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match="expected (ONNX|OpenVINO)'s form"):
+    with pytest.raises(ConfigError, match=r"expected (ONNX|OpenVINO)'s form"):
         read_metadata(path)
 
 

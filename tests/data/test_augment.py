@@ -160,15 +160,15 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     assert not equal(make(2)[0], make(1)[0])
 
 
-def test_workers_that_live_on_see_the_next_epoch(tmp_path: Path) -> None:
-    train = TrainDataset(dataset(tmp_path, shapes(), copies=2), Preprocess(), preset=WILD)
-    loader = DataLoader(
-        train, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=collate_train
-    )
-    for epoch in (0, 1):
-        train.set_place(epoch, 0.0)
-        (batch,) = list(loader)
-        assert torch.equal(batch.images, collate_train([train[0], train[1]]).images)
+@pytest.mark.parametrize("mode", ["mosaic", "mixup", "copy_paste"])
+def test_pictures_are_no_longer_mixed_near_the_end(tmp_path: Path, mode: str) -> None:
+    data = dataset(tmp_path, shapes(), copies=3)
+    mixing = replace(PLAIN, **{mode: 1.0}, mixed_until=0.9)
+    plain, mixed = (TrainDataset(data, Preprocess(), preset=p) for p in (PLAIN, mixing))
+    mixed.set_place(0, 0.9)
+    assert all(equal(plain[index], mixed[index]) for index in range(3))
+    mixed.set_place(0, 0.8)
+    assert not all(equal(plain[index], mixed[index]) for index in range(3))
 
 
 def test_data_sets_travel_to_other_processes(tmp_path: Path) -> None:

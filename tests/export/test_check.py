@@ -103,7 +103,9 @@ def test_arrays_are_measured_against_their_largest_value() -> None:
     assert run(1.0005) == ()
     assert run(1.01) == ("logits: expected a difference of at most 0.001, found 0.01",)
     assert run(np.nan) != ()
-    other = compare("x", lambda *_: {"logits": logits}, lambda *_: {"logits": logits[:, :1]}, [BATCH])
+    other = compare(
+        "x", lambda *_: {"logits": logits}, lambda *_: {"logits": logits[:, :1]}, [BATCH]
+    )
     assert other.problems == ("outputs: expected logits (1, 2), found logits (1, 1)",)
 
 

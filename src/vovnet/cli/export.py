@@ -49,9 +49,7 @@ def export(
     return 4 if done.problems else 0
 
 
-def _check_options(
-    format: str, precision: str, output: Path | None
-) -> tuple[Format, Precision]:
+def _check_options(format: str, precision: str, output: Path | None) -> tuple[Format, Precision]:
     for name, value, known in (
         ("format", format, get_args(Format)),
         ("precision", precision, get_args(Precision)),

@@ -330,19 +330,13 @@ def export(
         str, typer.Argument(help="A model folder, a bundled model, or published ImageNet weights.")
     ],
     format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
-    precision: Annotated[
-        str, typer.Option(help="fp32, or fp16: half the size, computed as the engine does.")
-    ] = "fp32",
+    precision: Annotated[str, typer.Option(help="Of stored weights: fp32 or fp16.")] = "fp32",
     output: Annotated[
-        Path | None,
-        typer.Option(help="File to write; default: beside the folder's weights, or in runs/export."),
+        Path | None, typer.Option(help="File; default: beside the weights, or in runs/export.")
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Detector: its predictions, no detections chosen.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Detector: choose no detections.")] = False,
     images: Annotated[
-        str | None,
-        typer.Option(help="Pictures to compare with torch on; default: made-up ones."),
+        str | None, typer.Option(help="Pictures to compare on; default: made-up ones.")
     ] = None,
     json: Json = False,
 ) -> None:

@@ -130,9 +130,7 @@ class TrainDataset(Dataset[TrainItem]):
         self.with_masks = has_masks(data)
         if preset.copy_paste and not self.with_masks:
             raise ConfigError("augment.copy_paste: expected 0, as no object of the data has a mask")
-        # In shared memory, so that worker processes that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()
+        self._epoch, self._progress = 0, 0.0
         mask_bytes = cache_bytes // 4
         self._images = _Cache[NDArray[np.uint8]](cache_bytes - mask_bytes)
         self._masks = _Cache[MaskCrop](mask_bytes)
@@ -152,7 +150,7 @@ class TrainDataset(Dataset[TrainItem]):
 
     def set_place(self, epoch: int, progress: float) -> None:
         """Choose the samples of epoch 0, 1, ...; progress is the share of the training done."""
-        self._epoch.fill_(epoch)
+        self._epoch, self._progress = epoch, progress
 
     def __len__(self) -> int:
         return len(self.data.images)
@@ -170,24 +168,25 @@ class TrainDataset(Dataset[TrainItem]):
         (low, high), (height, width) = self.preset.output_scale_range, self.preset.output_size
         if (low, high) == (1, 1):
             return height, width
-        generator = np.random.default_rng([self.seed, int(self._epoch), index, 1])
+        generator = np.random.default_rng([self.seed, self._epoch, index, 1])
         factor = generator.uniform(low, high)
         sides = (max(1, round(side * factor / BATCH_DIVISOR)) for side in (height, width))
         return next(sides) * BATCH_DIVISOR, next(sides) * BATCH_DIVISOR
 
     def _item(self, index: int, output_size: tuple[int, int]) -> TrainItem:
         preset = self.preset
+        mixed = self._progress < preset.mixed_until
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_item_seed(self.seed, int(self._epoch), index))
-            if _happens(preset.mosaic):
+            torch.manual_seed(_item_seed(self.seed, self._epoch, index))
+            if mixed and _happens(preset.mosaic):
                 picture = self._mosaic(index, output_size)
             else:
                 picture = self._picture(index, output_size)
-            if _happens(preset.copy_paste):
+            if mixed and _happens(preset.copy_paste):
                 source = self._picture(self._any_index(), output_size)
                 chosen = torch.rand(len(source[1].labels)) < _PASTED
                 picture = paste_objects(picture, source, chosen, preset.min_mask_pixels)
-            if _happens(preset.mixup):
+            if mixed and _happens(preset.mixup):
                 share = float(torch.distributions.Beta(_MIXED, _MIXED).sample())
                 other = self._picture(self._any_index(), output_size)
                 picture = mix_pictures(picture, other, share)

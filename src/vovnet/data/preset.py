@@ -22,6 +22,7 @@ _LIMITS = {
     "mosaic": 1.0,
     "mixup": 1.0,
     "copy_paste": 1.0,
+    "mixed_until": 1.0,
 }
 
 SSD_PRESET: dict[str, Any] = {"geometry": "ssd", "photometric": 0.5, "horizontal_flip": 0.5}
@@ -48,6 +49,7 @@ class TrainPreset:
                         multiples of 32 pixels; objects grow with them. (1, 1): as they are
     mosaic, mixup, copy_paste    probabilities: four pictures in one, two blended, objects of
                         another picture pasted by their masks
+    mixed_until         share of the training after which these three no longer happen
     """
 
     output_size: tuple[int, int] = (256, 256)
@@ -69,6 +71,7 @@ class TrainPreset:
     mosaic: float = 0.0
     mixup: float = 0.0
     copy_paste: float = 0.0
+    mixed_until: float = 0.85
 
     def __post_init__(self) -> None:
         sizes = (*_pair(self.output_size, "output_size"), self.min_mask_pixels)

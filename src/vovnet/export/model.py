@@ -125,18 +125,14 @@ def export_model(
     engines = [name for name in _CHECKED_IN[format] if find_spec(name) is not None]
     if not engines:
         names = " or ".join(_CHECKED_IN[format])
-        raise ConfigError(
-            f"export: expected {names} to be installed: pip install 'vovnet[export]'"
-        )
+        raise ConfigError(f"export: expected {names} to be installed: pip install 'vovnet[export]'")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
     try:
         written = folder / output.name
         expected = _write(source, written, format=format, precision=precision, raw=raw)
         batches = make_batches(_preprocess(source), pictures)
-        comparisons = tuple(
-            _check(name, written, expected, batches, raw=raw) for name in engines
-        )
+        comparisons = tuple(_check(name, written, expected, batches, raw=raw) for name in engines)
         if any(one.problems for one in comparisons):
             return Export((), comparisons)
         return Export(_move(written, output), comparisons)
@@ -144,9 +140,7 @@ def export_model(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(
-    source: Source, path: Path, *, format: Format, precision: Precision, raw: bool
-) -> Run:
+def _write(source: Source, path: Path, *, format: Format, precision: Precision, raw: bool) -> Run:
     """Writes the file; returns how torch runs the same weights."""
     preprocess = _preprocess(source)
     network = fuse_network(source.network, std=preprocess.std)

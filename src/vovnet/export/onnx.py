@@ -1,9 +1,10 @@
 """A graph as an ONNX file, and that as OpenVINO's."""
 
 import importlib
+import logging
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from vovnet.export.suppress import onnx_functions
 from vovnet.runtime.openvino import import_openvino, read_model
 
 OPSET = 20
-_EXAMPLE_SIDES = (96, 128)  # height and width that a graph with open sizes is traced at
+_EXAMPLE_SIDES = (
+    288,
+    416,
+)  # of a trace with open sizes: on every level more than one cell, and not square
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit, less what is added
 
 
@@ -59,21 +63,32 @@ def write_openvino(onnx_file: Path, path: Path) -> None:
 def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:
     _require("onnxscript")
     inputs = _example_inputs(graph, sides)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.inference_mode(False):
-        warnings.simplefilter("ignore")  # of the exporter to its own authors
-        with torch.no_grad():
-            outputs = list(graph(*inputs.values()))
-            return torch.onnx.export(
-                graph,
-                tuple(inputs.values()),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_shapes=_dynamic_shapes(graph, sides),
-                custom_translation_table=onnx_functions(),
-                verbose=False,
-            )
+    with _quiet(), torch.no_grad():
+        return torch.onnx.export(
+            graph,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(graph(*inputs.values())),
+            dynamic_shapes=_dynamic_shapes(graph, sides),
+            custom_translation_table=onnx_functions(),
+            verbose=False,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter has to say to its own authors."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _example_inputs(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Tensor]:

@@ -29,10 +29,10 @@ from vovnet.models.rpn import STRIDES, RPNConfig, propose, rpn_loss
 from vovnet.models.settings import check_groups, check_settings
 
 MASK_SIZE = 28
-_BOX_REGION_SIZE = 7
-_MASK_REGION_SIZE = 14
-_LEVELS = (2, 3, 4, 5)  # regions are read from; P6 only proposes
-_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the four deltas
+BOX_REGION_SIZE = 7
+MASK_REGION_SIZE = 14
+LEVELS = (2, 3, 4, 5)  # regions are read from; P6 only proposes
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the four deltas
 _BOX_LAYERS = {"none": (0, 2), "gn": (4, 1)}  # convolutions and fully connected layers
 
 
@@ -100,7 +100,7 @@ class BoxHead(nn.Module):
         convs, layers = _BOX_LAYERS[config.head_norm]
         channels = [config.neck_channels, *[config.box_conv_channels] * convs]
         self.convs = _make_convs(channels, config.head_norm)
-        width, area = config.box_width, _BOX_REGION_SIZE**2
+        width, area = config.box_width, BOX_REGION_SIZE**2
         self.fcs = nn.ModuleList(
             nn.Linear(width if index else channels[-1] * area, width) for index in range(layers)
         )
@@ -194,7 +194,7 @@ class FasterRCNN(nn.Module):
             raw, sizes, config, pre_nms_top_k=config.pre_nms_top_k, count=config.proposals
         )
         counts = [len(boxes) for boxes in proposals]
-        logits, deltas = self.box_head(_pool(raw, proposals, _BOX_REGION_SIZE))
+        logits, deltas = self.box_head(_pool(raw, proposals, BOX_REGION_SIZE))
         per_image = zip(proposals, logits.split(counts), deltas.split(counts), sizes, strict=True)
         found = [_select(*one_image, config) for one_image in per_image]
         columns = dict(zip(("boxes", "scores", "labels"), zip(*found, strict=True), strict=True))
@@ -228,13 +228,13 @@ class FasterRCNN(nn.Module):
         summed and divided by the number of all regions.
         """
         boxes = [one.boxes_xyxy for one in regions]
-        logits, deltas = self.box_head(_pool(raw, boxes, _BOX_REGION_SIZE))
+        logits, deltas = self.box_head(_pool(raw, boxes, BOX_REGION_SIZE))
         labels = torch.cat([one.labels for one in regions])
         count = max(len(labels), 1)
         rows = torch.nonzero(labels < self.config.num_classes)[:, 0]
         matched = zip(regions, targets, strict=True)
         truth = torch.cat([t.boxes_xyxy[one.matches] for one, t in matched]).to(deltas.dtype)
-        wanted = encode_boxes(truth, torch.cat(boxes)[rows].to(deltas.dtype), weights=_WEIGHTS)
+        wanted = encode_boxes(truth, torch.cat(boxes)[rows].to(deltas.dtype), weights=DELTA_WEIGHTS)
         return {
             "loss_cls": functional.cross_entropy(logits, labels, reduction="sum") / count,
             "loss_box": (deltas[rows, labels[rows]] - wanted).abs().sum() / count,
@@ -293,7 +293,7 @@ class MaskRCNN(nn.Module):
     ) -> Tensor:
         """Mask logits (M, 28, 28) of each region's own class."""
         rows = torch.arange(len(labels), device=labels.device)
-        maps = self.mask_head(_pool(raw, boxes, _MASK_REGION_SIZE))
+        maps = self.mask_head(_pool(raw, boxes, MASK_REGION_SIZE))
         return maps[rows, labels]  # type: ignore[no-any-return]
 
     def _mask_loss(
@@ -342,7 +342,7 @@ def _select(
     probability = logits.softmax(1)[:, :-1]  # background is last
     wanted = (probability > config.score_threshold) & (probability >= config.min_score)
     region, label = torch.nonzero(wanted).unbind(1)
-    decoded = decode_boxes(deltas[region, label], proposals[region], weights=_WEIGHTS)
+    decoded = decode_boxes(deltas[region, label], proposals[region], weights=DELTA_WEIGHTS)
     boxes = clip_boxes(decoded, size).float()
     scores = probability[region, label]
     best = class_wise_nms(
@@ -356,10 +356,10 @@ def _pool(raw: dict[str, Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
     every = torch.cat(list(boxes))
     counts = torch.tensor([len(one) for one in boxes], device=every.device)
     image_indices = torch.repeat_interleave(counts)
-    levels = assign_levels_by_size(every, min_level=_LEVELS[0], max_level=_LEVELS[-1])
-    features = [raw[f"p{level}"] for level in _LEVELS]
-    strides = STRIDES[: len(_LEVELS)]
-    return pool_regions(features, strides, every, image_indices, levels - _LEVELS[0], size=size)
+    levels = assign_levels_by_size(every, min_level=LEVELS[0], max_level=LEVELS[-1])
+    features = [raw[f"p{level}"] for level in LEVELS]
+    strides = STRIDES[: len(LEVELS)]
+    return pool_regions(features, strides, every, image_indices, levels - LEVELS[0], size=size)
 
 
 def _make_convs(widths: Sequence[int], norm: HeadNorm) -> nn.ModuleList:

@@ -24,7 +24,7 @@ from vovnet.models.boxes import (
 from vovnet.models.layers import flatten_anchors
 
 STRIDES = (4, 8, 16, 32, 64)
-_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four deltas
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four deltas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def rpn_loss(
         truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).to(logits)
         cls.append(functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum"))
         boxes = target.boxes_xyxy[matched[positive]].to(anchors.dtype)
-        wanted = encode_boxes(boxes, anchors[positive], weights=_WEIGHTS)
+        wanted = encode_boxes(boxes, anchors[positive], weights=DELTA_WEIGHTS)
         box.append((deltas[positive] - wanted).abs().sum())
     examples = config.rpn_samples * len(targets)
     return {
@@ -162,7 +162,7 @@ def propose(
     for level, reference in enumerate(anchors):
         best, index = objectness[level].topk(min(pre_nms_top_k, counts[level]))
         chosen = deltas[level].gather(1, index[:, :, None].expand(-1, -1, 4))
-        decoded = decode_boxes(chosen, reference[index], weights=_WEIGHTS)
+        decoded = decode_boxes(chosen, reference[index], weights=DELTA_WEIGHTS)
         boxes.append(clip_boxes(decoded, sizes).float())  # as detectron2, whatever the dtype
         scores.append(best)
         levels.append(torch.full_like(index[0], level))

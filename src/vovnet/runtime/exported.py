@@ -26,9 +26,7 @@ class ExportedFile:
     max_detections: int  # K; 0 of a classifier
     has_masks: bool
 
-    def feeds(
-        self, images: NDArray[np.uint8], sizes: NDArray[np.int64]
-    ) -> dict[str, NDArray[Any]]:
+    def feeds(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The file's inputs by name: images (B, H, W, 3) and, of a detector, sizes (B, 2) and
         min_score (1,).
 
@@ -44,7 +42,7 @@ class ExportedFile:
             raise ValueError(
                 f"sizes: expected those of the images, {images.shape[1:3]}, got {sizes.tolist()}"
             )
-        values = {
+        values: dict[str, NDArray[Any]] = {
             "images": np.ascontiguousarray(images),
             "sizes": np.ascontiguousarray(sizes),
             "min_score": np.array([self.min_score], np.float32),

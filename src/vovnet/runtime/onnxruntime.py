@@ -12,7 +12,7 @@ from vovnet.errors import ConfigError
 from vovnet.runtime.exported import ExportedFile, open_exported
 from vovnet.runtime.threads import check_threads
 
-_ERRORS_ONLY = 3  # of onnxruntime's levels of logging
+_FATAL_ONLY = 4  # of onnxruntime's levels of logging; errors come as exceptions
 
 
 class OnnxRuntimeEngine:
@@ -26,7 +26,7 @@ class OnnxRuntimeEngine:
     def __init__(self, file: ExportedFile, *, threads: int | None) -> None:
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         options.intra_op_num_threads = threads or 0
         self.file = file
         self.max_detections = file.max_detections
@@ -70,9 +70,7 @@ def import_onnxruntime() -> Any:
 def open_session(onnxruntime: Any, path: Path, options: Any) -> Any:
     """A session on an .onnx file; raises ConfigError where ONNX Runtime cannot read it."""
     try:
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no other base
         reason = str(error).strip().splitlines()[-1]
         raise ConfigError(f"{path}: expected a network that ONNX Runtime reads: {reason}") from None

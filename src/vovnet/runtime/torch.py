@@ -87,7 +87,7 @@ def load(
 
 
 def set_threads(threads: int | None) -> None:
-    """Sets the CPU threads of the process, None leaves them; raises ConfigError on no such count."""
+    """Sets the CPU threads of the process, None leaves them; raises ConfigError."""
     check_threads(threads)
     if threads is not None:
         torch.set_num_threads(threads)

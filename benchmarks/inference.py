@@ -1,0 +1,165 @@
+"""Images per second of exported classifiers and detectors, engine by engine, beside timm's eager
+network: `python benchmarks/inference.py [--models NAME ...] [--seconds S] [--json FILE]`.
+
+Random weights of each architecture are exported once; then all engines run in turn, one batch each,
+so that what the machine does besides meets all alike. Ratios are of medians, timm (or, for a
+detector, the torch engine) = 1. Precision is fp32 throughout.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+from vovnet import Classifier, Predictor
+from vovnet.export.check import made_up_pictures
+from vovnet.export.model import export_model, load_source
+from vovnet.export.onnx import write_openvino
+from vovnet.exported import ONNX_FILE, OPENVINO_FILE
+from vovnet.model_folder import ModelConfig, bundled_models, save_model_folder
+from vovnet.models.zoo import create_model
+from vovnet.preprocess import Preprocess
+from vovnet.profiling.machine import describe_machine
+
+Run = Callable[[], object]
+CLASSIFIERS = ("ese_vovnet39b", "ese_vovnet19b_dw")
+BATCHES = (1, 16)
+WARM_UP = 2
+
+
+def save_classifier(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=1000)
+    config = ModelConfig(
+        architecture=name,
+        model_args={"num_classes": 1000},
+        task="classify",
+        class_names=[str(index) for index in range(1000)],
+        category_ids=list(range(1000)),
+        preprocess=Preprocess(short_side=256, max_long_side=None, crop_size=224).to_dict(),
+        licence="Apache-2.0",
+    )
+    tensors = {key: value.numpy() for key, value in model.state_dict().items()}
+    save_model_folder(folder, config, tensors, card="# random weights\n")
+    return folder
+
+
+def add_exports(folder: Path, target: Path) -> dict[str, Path]:
+    target.mkdir(parents=True, exist_ok=True)
+    done = export_model(load_source(folder), target / ONNX_FILE, made_up_pictures())
+    if done.problems:
+        raise SystemExit("\n".join(done.problems))
+    (target / OPENVINO_FILE).parent.mkdir(exist_ok=True)
+    write_openvino(target / ONNX_FILE, target / OPENVINO_FILE)
+    return {"onnxruntime": target / ONNX_FILE, "openvino": target / OPENVINO_FILE}
+
+
+def classifier_runs(name: str, batch: int, work: Path, threads: int) -> dict[str, Run]:
+    folder = work / name
+    files = (
+        {"onnxruntime": folder / ONNX_FILE, "openvino": folder / OPENVINO_FILE}
+        if folder.exists()
+        else add_exports(save_classifier(name, folder), folder)
+    )
+    images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
+    sizes = np.full((batch, 2), 224)
+    eager = timm.create_model(name).eval()
+    mean, std = (torch.tensor(v) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+
+    def run_timm() -> object:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()
+            return eager((pixels - mean[:, None, None]) / std[:, None, None])
+
+    runs: dict[str, Run] = {"timm eager": run_timm}
+    for engine in ("torch", "onnxruntime", "openvino"):
+        source = files.get(engine, folder)
+        loaded = Classifier.load(source, engine=engine, device="cpu", threads=threads).engine
+        runs[engine] = lambda loaded=loaded: loaded.infer(images, sizes)
+    return runs
+
+
+def detector_runs(name: str, batch: int, work: Path, threads: int) -> dict[str, Run]:
+    folder = bundled_models()[name]
+    target = work / name
+    files = (
+        {"onnxruntime": target / ONNX_FILE, "openvino": target / OPENVINO_FILE}
+        if target.exists()
+        else add_exports(folder, target)
+    )
+    runs: dict[str, Run] = {}
+    for engine in ("torch", "onnxruntime", "openvino"):
+        source = files.get(engine, folder)
+        predictor = Predictor.load(source, engine=engine, device="cpu", threads=threads)
+        pictures = [predictor.preprocess.resize(made_up_pictures()[0])] * batch
+        given = predictor.preprocess.batch(pictures)
+        runs[engine] = lambda predictor=predictor, given=given: predictor.engine.infer(*given)
+    return runs
+
+
+def measure(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, all in turn, for about `seconds` in all."""
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def rows_of(model: str, batch: int, times: dict[str, list[float]]) -> list[dict[str, object]]:
+    first = statistics.median(next(iter(times.values())))
+    return [
+        {
+            "model": model,
+            "batch": batch,
+            "engine": engine,
+            "images_per_s": round(batch / statistics.median(values), 2),
+            "ms": round(1000 * statistics.median(values), 2),
+            "ms_min": round(1000 * min(values), 2),
+            "ms_max": round(1000 * max(values), 2),
+            "rounds": len(values),
+            "ratio": round(first / statistics.median(values), 2),
+        }
+        for engine, values in times.items()
+    ]
+
+
+def main() -> None:
+    bundled = sorted(bundled_models())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=[*CLASSIFIERS, *bundled])
+    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each model and batch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for model in given.models:
+            make = detector_runs if model in bundled else classifier_runs
+            for batch in given.batches:
+                runs = make(model, batch, Path(name), given.threads)
+                rows += rows_of(model, batch, measure(runs, given.seconds))
+                for row in rows[-len(runs) :]:
+                    print("  ".join(f"{value}" for value in row.values()), flush=True)
+    if given.json:
+        machine = describe_machine(torch.device("cpu"))
+        record = {"machine": machine, "threads": given.threads, "rows": rows}
+        given.json.write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Detections chosen in fixed shapes are those of the networks' own `detect`."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vovnet.errors import ConfigError
+from vovnet.export.check import compare
+from vovnet.export.fuse import fuse_network
+from vovnet.export.graph import ExportedDetector, make_graph
+from vovnet.export.suppress import suppress
+from vovnet.models.deploy import DeployGraph
+from vovnet.models.zoo import create_model
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+SIDES = (96, 160)
+SIZES = np.array([[96, 160], [61, 99]])
+LIMITS = {"max_detections": 30, "score_threshold": 0.02}
+OVERRIDES = {
+    "fcos_lite": LIMITS | {"pre_nms_top_k": 40},
+    "centermask_lite": LIMITS | {"pre_nms_top_k": 40, "mask_iou_width": 16},
+    "faster_rcnn_lite": LIMITS | {"pre_nms_top_k": 40, "proposals": 60, "box_width": 32},
+    "mask_rcnn_lite": LIMITS | {"pre_nms_top_k": 40, "proposals": 60, "box_width": 32},
+    "refinedet": LIMITS | {"pre_nms_top_k": 40, "neck_channels": 32},
+    "dsod": LIMITS | {"pre_nms_top_k": 40, "source_channels": 32},
+}
+Arrays = dict[str, np.ndarray]
+
+
+def detector(kind: str, **overrides: float) -> nn.Module:
+    """Three classes, and predictions that differ from place to place."""
+    torch.manual_seed(0)
+    settings = OVERRIDES[kind] | overrides
+    network = create_model(f"{kind}_ese_vovnet19b_slim_dw", num_classes=3, overrides=settings)
+    images = torch.randn(2, 3, *SIDES)
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network(images)  # so that BatchNorm knows the spread of what comes
+    network.eval()
+    outputs = {
+        name: module
+        for name, module in network.named_modules()
+        if name.rpartition(".")[2] in {"logits", "deltas", "objectness", "predictor", "iou"}
+    }
+    assert outputs
+    for module in outputs.values():
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d | nn.Linear):
+                fan_in = part.weight[0].numel()
+                nn.init.normal_(part.weight, std=(2.0 / fan_in) ** 0.5)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+    return network
+
+
+def run(graph: nn.Module, *further: torch.Tensor) -> object:
+    def call(images: np.ndarray, sizes: np.ndarray) -> Arrays:
+        with torch.inference_mode():
+            found = graph(torch.from_numpy(images), torch.from_numpy(sizes), *further)
+        return {name: value.numpy() for name, value in found.items()}
+
+    return call
+
+
+@pytest.mark.parametrize("kind", sorted(OVERRIDES))
+@pytest.mark.parametrize("min_score", [0.0, 0.3])
+def test_as_the_networks_own_choice(kind: str, min_score: float) -> None:
+    network = detector(kind, min_score=min_score)
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIDES, 3), dtype=np.uint8)
+    images[1, 61:] = images[1, :, 99:] = 0
+    expected = run(DeployGraph(network, mean=MEAN, std=STD).eval())
+    fused = fuse_network(network, std=STD)
+    exported = run(ExportedDetector(fused, mean=MEAN), torch.tensor([min_score]))
+    batches = [(images, SIZES), (images[:1], SIZES[:1])]
+    found = expected(images, SIZES)
+    scores = found["scores"][found["valid"]]
+    assert len(scores) > 5
+    assert np.ptp(scores) > 0.01
+    assert len(np.unique(found["labels"][found["valid"]])) > 1
+    assert (scores >= min_score).all()
+    assert compare(kind, expected, exported, batches).problems == ()
+
+
+@pytest.mark.parametrize("kind", sorted(OVERRIDES))
+def test_nothing_found(kind: str) -> None:
+    network = detector(kind)
+    images = np.zeros((2, *SIDES, 3), np.uint8)
+    graph = ExportedDetector(fuse_network(network, std=STD), mean=MEAN)
+    found = run(graph, torch.tensor([1.0]))(images, SIZES)
+    assert not found["valid"].any()
+    assert all((value == 0).all() for value in found.values())
+    assert all(np.isfinite(value).all() for value in found.values())
+
+
+def test_suppress_keeps_the_best_of_each_class() -> None:
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 0, 10, 10]]])
+    scores = torch.tensor([[[0.5, 0.9, 0.1, 0.0], [0.4, -1.0, 0.3, -1.0]]])
+    kept = suppress(boxes, scores, 0.5, 4)
+    assert kept.tolist() == [[[False, True, True, False], [True, False, True, False]]]
+    assert suppress(boxes, scores, 0.5, 1).tolist() == [
+        [[False, True, False, False], [True, False, False, False]]
+    ]
+    assert suppress(boxes, scores, 0.95, 4)[0, 0].tolist() == [True, True, True, False]
+
+
+def test_what_cannot_be_exported_is_named() -> None:
+    deformable = create_model("ese_vovnet39_dcn_d2", num_classes=2).eval()
+    with pytest.raises(ConfigError, match="expected a network without deformable convolutions"):
+        make_graph(deformable, mean=MEAN, raw=False)
