@@ -131,7 +131,7 @@ def test_profile_takes_exported_files(
     off = ("--no-energy", "--no-end-to-end", "--no-roofline", "--json")
     code, out, err = run("profile", *models, *few, *off)
     assert code == 0, err
-    measured = {model["name"]: model["points"][0] for model in json.loads(out)["models"]}
+    measured = {model["name"]: model["results"][0] for model in json.loads(out)["models"]}
     assert measured["model.onnx"]["engine"] == "onnxruntime"
     assert measured["model.xml"]["engine"] == "openvino"
 

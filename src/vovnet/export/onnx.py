@@ -20,10 +20,8 @@ from vovnet.export.suppress import onnx_functions
 from vovnet.runtime.openvino import import_openvino, read_model
 
 OPSET = 20
-_EXAMPLE_SIDES = (
-    288,
-    416,
-)  # of a trace with open sizes: on every level more than one cell, and not square
+# Of a trace with open sizes: on every level more than one cell, and not square.
+_EXAMPLE_SIDES = (288, 416)
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit, less what is added
 
 
@@ -61,7 +59,6 @@ def write_openvino(onnx_file: Path, path: Path) -> None:
 
 
 def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:
-    _require("onnxscript")
     inputs = _example_inputs(graph, sides)
     with _quiet(), torch.no_grad():
         return torch.onnx.export(
@@ -128,7 +125,7 @@ def _strip(proto: Any) -> None:
 
 def _store_half(proto: Any, names: Collection[str]) -> None:
     """Stores large weights as float16 behind a Cast, which engines compute once when they load."""
-    onnx: Any = _require("onnx")
+    onnx: Any = importlib.import_module("onnx")
     casts = []
     for stored in proto.graph.initializer:
         if stored.name not in names:
@@ -141,12 +138,3 @@ def _store_half(proto: Any, names: Collection[str]) -> None:
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-
-
-def _require(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ConfigError(
-            f"export: expected {package} to be installed: pip install 'vovnet[export]'"
-        ) from None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from vovnet.errors import ConfigError
+
 
 @torch.library.custom_op("vovnet::suppress", mutates_args=())
 def suppress(boxes_xyxy: Tensor, scores: Tensor, threshold: float, keep: int) -> Tensor:
@@ -30,8 +32,16 @@ def _shape(boxes_xyxy: Tensor, scores: Tensor, threshold: float, keep: int) -> T
 
 
 def onnx_functions() -> dict[Any, Callable[..., Any]]:
-    """What the exporter writes for operations that it does not know; needs onnxscript."""
-    op: Any = importlib.import_module("onnxscript").opset20
+    """What the exporter writes for operations that it does not know.
+
+    Raises ConfigError where onnxscript is not installed.
+    """
+    try:
+        op: Any = importlib.import_module("onnxscript").opset20
+    except ImportError:
+        raise ConfigError(
+            "export: expected onnxscript to be installed: pip install 'vovnet[export]'"
+        ) from None
 
     def write_suppress(boxes: Any, scores: Any, threshold: float, keep: int) -> Any:
         chosen = op.NonMaxSuppression(

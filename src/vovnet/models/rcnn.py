@@ -41,9 +41,8 @@ class RCNNConfig(RPNConfig):
     """The settings of Faster R-CNN; the defaults are detectron2's.
 
     head_norm "gn" is for training from scratch with GroupNorm, as the VoVNet paper does (table 5):
-    norm after every convolution of neck and heads but the last ones. Known from the paper are only
-    GroupNorm and the schedule. That the box head then has four 3x3 convolutions and one fully
-    connected layer is our choice, after the head that Wu & He (2018) use with GroupNorm.
+    norm after every convolution of neck and heads but the last ones. The box head then has four 3x3
+    convolutions and one fully connected layer (Wu & He 2018), as VoVNet-Detectron configures it.
     """
 
     head_norm: HeadNorm = "none"

@@ -28,6 +28,12 @@ _CLASSIFIERS_ONLY = (
     "teacher_weight",
 )  # fmt: skip
 _DETECTORS_ONLY = ("max_detections", "data_format")
+# What a resumed training may change; all else would make it another training.
+_FREE_ON_RESUME = {
+    "data", "epochs", "max_minutes", "max_steps", "eval_every_epochs", "eval_every_minutes",
+    "log_every_steps", "checkpoint_every_minutes", "threads", "workers", "device", "export_half",
+    "licence", "name", "runs_dir",
+}  # fmt: skip
 _NESTED = ("model_overrides", "preprocess", "augment")
 
 
@@ -264,6 +270,17 @@ def resume_config(run_dir: Path, flags: Mapping[str, object]) -> TrainConfig:
 def parse_config(values: Mapping[str, Any], *, where: str) -> TrainConfig:
     """The settings in a plain mapping; raises ConfigError naming `where`."""
     return _validate(_merge({}, values, where))
+
+
+def check_same_training(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> None:
+    """Raise ConfigError where a resumed training differs from the saved settings in what counts."""
+    previous = parse_config(saved, where=where).model_dump(mode="json")
+    for name, found in config.model_dump(mode="json").items():
+        expected = previous[name]
+        if name not in _FREE_ON_RESUME and expected != found:
+            raise ConfigError(
+                f"resume: expected {name} {expected!r} as in {where}, found {found!r}"
+            )
 
 
 def config_to_yaml(config: TrainConfig, *, only_set: bool = False) -> str:

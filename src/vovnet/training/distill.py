@@ -43,7 +43,8 @@ class ForeignEngine:
     the last linear layer.
     """
 
-    name, precision, max_detections, has_masks = "torch", "fp32", 0, False
+    name, precision, chosen_because = "torch", "fp32", ""
+    max_detections, has_masks = 0, False
 
     def __init__(
         self, module: nn.Module, preprocess: Preprocess, device: torch.device, *, where: str

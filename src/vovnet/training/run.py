@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from vovnet.training.checkpoint import (
     save_plain,
 )
 from vovnet.training.classify import ClassifierTask
-from vovnet.training.config import TrainConfig, check_task, config_to_yaml, parse_config
+from vovnet.training.config import TrainConfig, check_same_training, check_task, config_to_yaml
 from vovnet.training.detect import DetectorTask
 from vovnet.training.loop import (
     Budget,
@@ -64,13 +63,6 @@ from vovnet.training.world import World, joined_world
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
 FINAL_RESAMPLES = 200
-# What a resumed training may change; all else would make it another training.
-_FREE_ON_RESUME = {
-    "data", "epochs", "max_minutes", "max_steps", "eval_every_epochs", "eval_every_minutes",
-    "log_every_steps", "checkpoint_every_minutes", "threads", "workers", "device", "export_half",
-    "licence", "name", "runs_dir",
-}  # fmt: skip
-
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classify": ClassifierTask,
@@ -155,7 +147,7 @@ def _train(
     checkpoint_file = None if resume is None else _checkpoint_file(resume)
     checkpoint = None if checkpoint_file is None else load_checkpoint(checkpoint_file)
     if checkpoint is not None:
-        _check_same_training(config, checkpoint.config, where=str(checkpoint_file))
+        check_same_training(config, checkpoint.config, where=str(checkpoint_file))
     found = task_of(config.model)
     check_task(config, found)
     set_threads(config.threads)
@@ -447,13 +439,3 @@ def _checkpoint_file(resume: Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"resume: expected a checkpoint at {file}, found none")
     return file
-
-
-def _check_same_training(config: TrainConfig, saved: dict[str, Any], *, where: str) -> None:
-    previous = parse_config(saved, where=where).model_dump(mode="json")
-    for name, found in config.model_dump(mode="json").items():
-        expected = previous[name]
-        if name not in _FREE_ON_RESUME and expected != found:
-            raise ConfigError(
-                f"resume: expected {name} {expected!r} as in {where}, found {found!r}"
-            )
