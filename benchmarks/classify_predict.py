@@ -1,6 +1,7 @@
 """Images/s of `vovnet predict` on a folder of photographs beside a timm loader and model loop.
 
     python benchmarks/classify_predict.py [--model NAME ...] [--images 2000] [--rounds 5]
+        [--engine torch|openvino|onnxruntime]
 
 The photographs are the pictures of --pictures (default $VOVNET_DATA/clothing-160), enlarged and
 stored as JPEG; without that folder, smooth noise. Both programs read the same files with the same
@@ -30,10 +31,14 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 from vovnet.classify import Classifier
 from vovnet.classify_files import classify_files
+from vovnet.export.check import made_up_pictures
+from vovnet.export.model import export_model, load_source
 from vovnet.images import find_images
 from vovnet.model_folder import ModelConfig, save_model_folder
 from vovnet.published import imagenet_class_names, published_preprocess
 from vovnet.runtime.engine import Engine
+
+ENGINES = ("openvino", "onnxruntime")
 
 
 class TimedEngine:
@@ -89,6 +94,20 @@ def save_random(name: str, folder: Path) -> torch.nn.Module:
     return model
 
 
+def load_ours(folder: Path, engine: str) -> Classifier:
+    """The classifier of a model folder; for an engine beside torch, exported for it first."""
+    if engine != "torch":
+        form, suffix = ("openvino", ".xml") if engine == "openvino" else ("onnx", ".onnx")
+        target = folder / f"exported{suffix}"
+        problems = export_model(
+            load_source(folder), target, made_up_pictures(), format=form
+        ).problems
+        if problems:
+            raise SystemExit(f"export: {problems}")
+        return Classifier.load(target, engine=engine)
+    return Classifier.load(folder, engine=engine)
+
+
 def run_timm(model: torch.nn.Module, root: Path, *, batch_size: int, device: torch.device):
     """timm's loop: seconds and logits (N, C)."""
     config = resolve_data_config({}, model=model)
@@ -120,7 +139,7 @@ def run_ours(classifier: Classifier, paths: list[Path], output: Path):
 def compare(name: str, options: argparse.Namespace, folder: Path, paths: list[Path]) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = save_random(name, folder / name).to(device)
-    classifier = Classifier.load(folder / name)
+    classifier = load_ours(folder / name, options.engine)
     root = paths[0].parent.parent
     warm: Callable[[int], float] = lambda batch: run_timm(  # noqa: E731
         model, root, batch_size=batch, device=device
@@ -142,6 +161,7 @@ def compare(name: str, options: argparse.Namespace, folder: Path, paths: list[Pa
     difference = np.abs(found["vovnet"][1] - found["timm"][1]).max()
     return {
         "model": name,
+        "engine": options.engine,
         "images": len(paths),
         "short_side": options.short_side,
         "device": str(device),
@@ -168,6 +188,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, default=default)
     parser.add_argument("--timm-batch", type=int, nargs="+", default=[8, 32, 256])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engine", choices=("torch", *ENGINES), default="torch")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -25,6 +25,7 @@ OVERRIDES = {
     "refinedet": LIMITS | {"pre_nms_top_k": 40, "neck_channels": 32},
     "dsod": LIMITS | {"pre_nms_top_k": 40, "source_channels": 32},
 }
+OUTPUTS = {"logits", "deltas", "objectness", "distances", "predictor", "iou"}
 Arrays = dict[str, np.ndarray]
 
 
@@ -41,20 +42,24 @@ def detector(kind: str, **overrides: float) -> nn.Module:
     with torch.no_grad():
         network(images)  # so that BatchNorm knows the spread of what comes
     network.eval()
-    outputs = {
-        name: module
-        for name, module in network.named_modules()
-        if name.rpartition(".")[2] in {"logits", "deltas", "objectness", "predictor", "iou"}
-    }
-    assert outputs
-    for module in outputs.values():
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear):
-                fan_in = part.weight[0].numel()
-                nn.init.normal_(part.weight, std=(2.0 / fan_in) ** 0.5)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in OUTPUTS:
+            for part in module.modules():
+                if isinstance(part, nn.Conv2d | nn.Linear):
+                    nn.init.normal_(part.weight)
+                    part.register_forward_hook(_scale_to_two)
+    with torch.no_grad():
+        network.detect(network(images), torch.tensor(SIZES))
+    for part in network.modules():
+        part._forward_hooks.clear()
     return network
+
+
+def _scale_to_two(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    """Makes a predictor's answers spread by about 2 from the next time on."""
+    if output.numel() and output.std() > 0:
+        module.weight.data *= 2 / output.std()
+        module._forward_hooks.clear()  # shared by all levels, and scaled once
 
 
 def run(graph: nn.Module, *further: torch.Tensor) -> object:

@@ -16,6 +16,7 @@ from vovnet.exported import ONNX_FILE, OPENVINO_FILE
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from vovnet.runtime.engine import load_engine
+from vovnet.runtime.openvino import import_openvino
 
 WAYS = [
     (ONNX_FILE, "onnxruntime"),
@@ -170,8 +171,7 @@ def test_wrong_arguments_say_what_was_expected(
 def test_a_precision_that_the_processor_lacks(
     exported_classifier_folder: Path,
 ) -> None:
-    openvino = pytest.importorskip("openvino")
-    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     file = exported_classifier_folder / OPENVINO_FILE
     for precision in ("bf16", "fp16"):
         if precision.upper() in capabilities:

@@ -1,6 +1,7 @@
 """An exported file run by OpenVINO, on the CPU and without torch."""
 
 import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -66,7 +67,9 @@ def load(
 
 
 def import_openvino() -> Any:
-    """The package; raises ConfigError where it is not installed."""
+    """The package, without its telemetry; raises ConfigError where it is not installed."""
+    # Importing openvino alone reports home and writes to ~/intel, unless this package is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module("openvino")
     except ImportError:
