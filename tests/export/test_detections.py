@@ -11,11 +11,14 @@ from vovnet.export.fuse import fuse_network
 from vovnet.export.graph import ExportedDetector, make_graph
 from vovnet.export.suppress import suppress
 from vovnet.models.deploy import DeployGraph
+from vovnet.models.layers import Normalize
 from vovnet.models.zoo import create_model
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SIDES = (96, 160)
 SIZES = np.array([[96, 160], [61, 99]])
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, *SIDES, 3), dtype=np.uint8)
+IMAGES[1, 61:] = IMAGES[1, :, 99:] = 0
 LIMITS = {"max_detections": 30, "score_threshold": 0.02}
 OVERRIDES = {
     "fcos_lite": LIMITS | {"pre_nms_top_k": 40},
@@ -34,7 +37,8 @@ def detector(kind: str, **overrides: float) -> nn.Module:
     torch.manual_seed(0)
     settings = OVERRIDES[kind] | overrides
     network = create_model(f"{kind}_ese_vovnet19b_slim_dw", num_classes=3, overrides=settings)
-    images = torch.randn(2, 3, *SIDES)
+    sizes = torch.from_numpy(SIZES)
+    images = Normalize(MEAN, STD)(torch.from_numpy(IMAGES), sizes)
     network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,7 +53,7 @@ def detector(kind: str, **overrides: float) -> nn.Module:
                     nn.init.normal_(part.weight)
                     part.register_forward_hook(_scale_to_two)
     with torch.no_grad():
-        network.detect(network(images), torch.tensor(SIZES))
+        network.detect(network(images), sizes)
     for part in network.modules():
         part._forward_hooks.clear()
     return network
@@ -75,13 +79,11 @@ def run(graph: nn.Module, *further: torch.Tensor) -> object:
 @pytest.mark.parametrize("min_score", [0.0, 0.3])
 def test_as_the_networks_own_choice(kind: str, min_score: float) -> None:
     network = detector(kind, min_score=min_score)
-    images = np.random.default_rng(0).integers(0, 256, (2, *SIDES, 3), dtype=np.uint8)
-    images[1, 61:] = images[1, :, 99:] = 0
     expected = run(DeployGraph(network, mean=MEAN, std=STD).eval())
     fused = fuse_network(network, std=STD)
     exported = run(ExportedDetector(fused, mean=MEAN), torch.tensor([min_score]))
-    batches = [(images, SIZES), (images[:1], SIZES[:1])]
-    found = expected(images, SIZES)
+    batches = [(IMAGES, SIZES), (IMAGES[:1], SIZES[:1])]
+    found = expected(IMAGES, SIZES)
     scores = found["scores"][found["valid"]]
     assert len(scores) > 5
     assert np.ptp(scores) > 0.01
@@ -93,9 +95,8 @@ def test_as_the_networks_own_choice(kind: str, min_score: float) -> None:
 @pytest.mark.parametrize("kind", sorted(OVERRIDES))
 def test_nothing_found(kind: str) -> None:
     network = detector(kind)
-    images = np.zeros((2, *SIDES, 3), np.uint8)
     graph = ExportedDetector(fuse_network(network, std=STD), mean=MEAN)
-    found = run(graph, torch.tensor([1.0]))(images, SIZES)
+    found = run(graph, torch.tensor([2.0]))(IMAGES, SIZES)
     assert not found["valid"].any()
     assert all((value == 0).all() for value in found.values())
     assert all(np.isfinite(value).all() for value in found.values())

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -35,7 +35,6 @@ from vovnet.training.config import TrainConfig, check_same_training, check_task,
 from vovnet.training.detect import DetectorTask
 from vovnet.training.loop import (
     Budget,
-    EpochDataset,
     Schedule,
     StepRecord,
     StopSignals,
@@ -223,43 +222,7 @@ def _train_and_evaluate(run: _Run) -> int | None:
     config, position = run.config, run.position
     batches_per_epoch = count_batches(run.task.num_train, config.batch_size)
     budget = _budget(config, batches_per_epoch)
-
-    def progress_at(epoch: int, batch: int) -> float:
-        if budget.total_steps is None:
-            return budget.spent_fraction(position)
-        return min(1.0, (epoch * batches_per_epoch + batch) / budget.total_steps)
-
-    dataset: EpochDataset = run.task.dataset
-    records = train_steps(
-        run.world.wrap(run.loss_step, run.device),
-        run.model,
-        run.optimizer,
-        run.ema,
-        batches=endless_batches(
-            dataset,
-            run.task.collate,
-            run.task.order_of,
-            position=position,
-            batch_size=config.batch_size,
-            progress_at=progress_at,
-            workers=config.workers,
-            seed=config.seed,
-            world=run.world,
-        ),
-        batches_per_epoch=batches_per_epoch,
-        position=position,
-        schedule=Schedule(
-            learning_rate=config.learning_rate,
-            warmup_fraction=config.warmup_fraction,
-            warmup_steps=config.warmup_steps,
-            budget=budget,
-            drops_at=config.drops_at,
-        ),
-        clip_norm=config.clip_norm,
-        autocast_dtype=autocast_dtype(config.precision, run.device),
-        device=run.device,
-        world=run.world,
-    )
+    records = _steps(run, budget, batches_per_epoch)
     saved_s = position.spent_s
     with StopSignals() as stop, run.report, run.tensorboard or nullcontext():
         # One may be left over from before: it was stopped by what ended the run resumed here.
@@ -286,6 +249,49 @@ def _train_and_evaluate(run: _Run) -> int | None:
                 return None
             finished_s = time.monotonic()
     return None
+
+
+def _steps(run: _Run, budget: Budget, batches_per_epoch: int) -> Iterator[StepRecord]:
+    """The training's steps from its position on."""
+    config, position = run.config, run.position
+
+    def progress_at(epoch: int, batch: int) -> float:
+        if budget.total_steps is None:
+            return budget.spent_fraction(position)
+        return min(1.0, (epoch * batches_per_epoch + batch) / budget.total_steps)
+
+    batches = endless_batches(
+        run.task.dataset,
+        run.task.collate,
+        run.task.order_of,
+        position=position,
+        batch_size=config.batch_size,
+        progress_at=progress_at,
+        workers=config.workers,
+        seed=config.seed,
+        world=run.world,
+    )
+    schedule = Schedule(
+        learning_rate=config.learning_rate,
+        warmup_fraction=config.warmup_fraction,
+        warmup_steps=config.warmup_steps,
+        budget=budget,
+        drops_at=config.drops_at,
+    )
+    return train_steps(
+        run.world.wrap(run.loss_step, run.device),
+        run.model,
+        run.optimizer,
+        run.ema,
+        batches=batches,
+        batches_per_epoch=batches_per_epoch,
+        position=position,
+        schedule=schedule,
+        clip_norm=config.clip_norm,
+        autocast_dtype=autocast_dtype(config.precision, run.device),
+        device=run.device,
+        world=run.world,
+    )
 
 
 def _shared_signal(run: _Run, stop: StopSignals) -> int | None:
