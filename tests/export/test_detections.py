@@ -60,9 +60,13 @@ def detector(kind: str, **overrides: float) -> nn.Module:
 
 
 def _scale_to_two(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-    """Makes a predictor's answers spread by about 2 from the next time on."""
+    """Makes a predictor's answers spread by about 2 around 0 from the next time on."""
     if output.numel() and output.std() > 0:
-        module.weight.data *= 2 / output.std()
+        factor = 2 / output.std()
+        module.weight.data *= factor
+        if module.bias is not None:
+            channels = output.transpose(0, 1).flatten(1)
+            module.bias.data = (module.bias - channels.mean(1)) * factor
         module._forward_hooks.clear()  # shared by all levels, and scaled once
 
 
