@@ -140,6 +140,8 @@ def _check_wanted(classifier: Classifier, features: Path | None) -> None:
         raise ConfigError(f"features: expected a file that ends in {expected}, got {features}")
     if not features.parent.is_dir():
         raise ConfigError(f"features: expected an existing folder, got {features.parent}")
+    if features.is_dir():
+        raise ConfigError(f"features: expected a file, found the folder {features}")
     if features.suffix.lower() == ".parquet":
         _import_parquet()
 

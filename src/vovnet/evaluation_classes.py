@@ -159,8 +159,9 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_])
 def load_known_classes(data_dir: Path, split: str, class_names: tuple[str, ...]) -> ClassData:
     """A split as `load_classes` finds it, with labels that are indices of a model's class_names.
 
-    Classes are told by name, and not all need be there; numbers in shards without names count as
-    the model's own, and so does the order of ImageNet's 1000 folders n01440764 to n15075141.
+    Classes are told by name, and not all need be there. Where the model knows none of the names,
+    numbers in shards without names count as the model's own, and so does the order of ImageNet's
+    1000 folders n01440764 to n15075141.
     Raises ConfigError, with the first differences, on a class that is not the model's, and
     DataError as `load_classes` does.
     """
@@ -184,7 +185,7 @@ def _numbers(data: ClassData, class_names: tuple[str, ...]) -> dict[str, int]:
     """The model's index of each class name that the data may have."""
     found, count = data.class_names, len(data.class_names)
     ordered = {name: number for number, name in enumerate(found)}
-    in_shards = not np.any(data.sizes == WHOLE_FILE)
+    in_shards = not np.any(data.sizes == WHOLE_FILE) and set(found).isdisjoint(class_names)
     if in_shards and count <= len(class_names) and found == tuple(map(str, range(count))):
         return ordered
     synsets = count == len(class_names) == 1000 and all(map(_SYNSET.fullmatch, found))

@@ -23,19 +23,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
     file is removed and `path` keeps its old content. A process that is killed leaves `path` old
     or new, never half, and perhaps a hidden temporary file.
 
-    Raises OSError when the folder does not exist or cannot be written.
+    Raises ConfigError where `path` is a folder or a device, and OSError naming `path` when its
+    folder does not exist or cannot be written.
     """
-    temporary = _create_beside(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: expected a file to write, found a folder or a device")
+    # Not tempfile: its files are private (0600) and would stay so after the rename.
+    temporary = path.parent / f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix}"
+    with _naming(path, instead_of=temporary):
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield temporary
+            _sync(temporary)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _naming(path: Path, *, instead_of: Path) -> Iterator[None]:
+    """Errors of the system name the file that the user knows; a full disk names none by itself."""
     try:
-        yield temporary
-        _sync(temporary)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(instead_of), instead_of):
+            error.filename, error.filename2 = str(path), None
         raise
-    _sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -84,13 +101,6 @@ def _check_run_name(name: str) -> None:
             f"run name: expected 1 to {MAX_RUN_NAME_LENGTH} printable characters, no leading dot "
             f'and none of / \\ : * ? " < > |, got {name!r}'
         )
-
-
-def _create_beside(path: Path) -> Path:
-    # Not tempfile: its files are private (0600) and would stay so after the rename.
-    temporary = path.parent / f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix}"
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    return temporary
 
 
 def _sync(path: Path) -> None:

@@ -40,6 +40,7 @@ def make_checkpoint() -> Checkpoint:
         position=Position(step=7, epoch=2, batch=1, window_losses={"loss": 0.5}),
         random_states=capture_random_states(),
         config={"model": "name", "epochs": None, "augment": {"hue": [0.1]}},
+        class_names=["cat"],
         library="1.0",
     )
 
@@ -101,7 +102,7 @@ def test_a_cut_file_is_named(tmp_path, keep):
     [
         ({"format_version": 1}, "expected a training checkpoint of format 2, found 1"),
         ({"weight": torch.ones(1)}, "found None"),
-        ({"format_version": 2, "model": {}}, r"expected the keys \['config', .*found"),
+        ({"format_version": 2, "model": {}}, r"expected the keys \['class_names', .*found"),
         ([1, 2], "expected a mapping, found list"),
     ],
 )
@@ -159,3 +160,15 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
 
 def test_library_version_is_one_word():
     assert library_version().split() == [library_version()]
+
+
+def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch):
+    def fail(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] unexpected pos\nmore")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(
+        OSError, match=r"last.pt: cannot be written, is the disk full\? \(\[enforce"
+    ):
+        save_checkpoint(tmp_path / "last.pt", make_checkpoint())
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.class_folders import make_class_folders
 from vovnet.classify import Classifier
-from vovnet.errors import ConfigError, DataError
+from vovnet.errors import ConfigError, DataError, TrainingError
 from vovnet.model_folder import load_config as load_model_config
 from vovnet.models.zoo import create_model
 from vovnet.training.classify import ClassifierTask, inverse_frequencies
@@ -180,6 +180,65 @@ def test_bad_pictures_stop_or_are_left_out(tmp_path):
         train(make_config(folder, tmp_path / "runs"), skip_bad=True)
 
 
+def test_a_lost_picture_ends_the_training_with_its_steps_kept(tmp_path, monkeypatch):
+    folder = make_class_folders(tmp_path / "data")
+    config = make_config(folder, tmp_path / "runs", workers=1, epochs=50)
+
+    class Deletes(ProgressReport):
+        def step(self, record, spent_fraction):
+            if record["step"] == 1:
+                for path in (folder / "train").rglob("*.png"):
+                    path.write_bytes(b"gone")
+
+    # Nothing cached, so that the loading process meets the files again.
+    monkeypatch.setattr("vovnet.training.classify.DEFAULT_CACHE_BYTES", 0)
+    with pytest.raises(DataError) as raised:
+        train(config, report=Deletes())
+    assert "\n" not in str(raised.value)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    last = torch.load(run_dir / "last.pt", weights_only=True)
+    assert last["position"]["step"] >= 1
+
+
+def test_a_resume_with_other_classes_is_refused(finished, tmp_path):
+    folder = make_class_folders(tmp_path / "data")
+    for split in ("train", "val"):
+        (folder / split / "red").rename(folder / split / "rouge")
+    before = (finished.model_dir / "config.json").read_bytes()
+    config = resume_config(finished.run_dir, {"data": str(folder), "epochs": 20})
+    with pytest.raises(ConfigError, match=r"expected the classes blue, green, red as in .*rouge"):
+        train(config, resume=finished.run_dir)
+    assert (finished.model_dir / "config.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="expected a run folder or a checkpoint, found none at"):
+        resume_config(tmp_path / "nope", {})
+
+
+def test_a_head_of_other_classes_is_not_taken_over(data_dir, tmp_path, finished):
+    folder = make_class_folders(tmp_path / "data")
+    for split in ("train", "val"):
+        (folder / split / "red").rename(folder / split / "rouge")
+    trained = Classifier.load(finished.model_dir).engine.graph.classifier.get_classifier().weight
+    heads = []
+    for data in (data_dir, folder):
+        config = make_config(data, tmp_path, init=str(finished.model_dir))
+        model = ClassifierTask(config, skip_bad=False, device=CPU).build_model()
+        heads.append(torch.equal(model.get_classifier().weight, trained))
+    assert heads == [True, False]
+
+
+def test_a_batch_too_small_for_batch_norm(data_dir, tmp_path):
+    with pytest.raises(TrainingError, match=r"got one from a batch of \(1, 32, 32, 3\); raise"):
+        train(make_config(data_dir, tmp_path, batch_size=1))
+
+
+def test_an_evaluation_can_be_stopped(data_dir, tmp_path):
+    class Stop:
+        received = 15
+
+    task = ClassifierTask(make_config(data_dir, tmp_path), skip_bad=False, device=CPU)
+    assert task.evaluate(task.build_model(), stop=Stop()) is None
+
+
 def test_pictures_of_one_pixel_train(tmp_path):
     folder = make_class_folders(tmp_path / "data", side=1)
     for path in folder.rglob("*.png"):
@@ -201,6 +260,7 @@ def test_pictures_of_one_pixel_train(tmp_path):
         ({"teacher": "nowhere"}, "expected a model folder or the name of a bundled model"),
         ({"drops_at": [1.5]}, "drops_at.0: expected less than 1"),
         ({"nesterov": True}, "expected nesterov with sgd"),
+        ({"distill": "head"}, "teacher: expected one for distill"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(

@@ -47,6 +47,7 @@ def save(training: ToyTraining, path: Path) -> None:
             position=training.position,
             random_states=capture_random_states(),
             config={},
+            class_names=[],
             library="",
         ),
     )

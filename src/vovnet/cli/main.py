@@ -158,7 +158,7 @@ def convert(
 def train(
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set: annotations/{train,val}.json (COCO), images beside it."),
+        typer.Option(help="Data set: COCO, Pascal VOC, YOLO; a folder for each class, shards."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="classify, detect or segment; default: what the model does.")

@@ -75,15 +75,15 @@ def val_classes(
     logits, data, skipped = _predict(classifier, data, skip_bad)
     metrics = evaluate_classes(logits, data.labels, classifier.class_names, bootstrap=bootstrap)
     report = metrics.to_dict(with_confusion=True) | {"split": split, "skipped": skipped}
-    if output is not None:
-        _write(output, data, logits, metrics, report)
     if as_json:
         print(json.dumps(report, allow_nan=False))
-        return 0
-    console = plain_console()
-    for line in metrics.format().splitlines():
-        console.print(plain(line), soft_wrap=True)
-    _print_classes(metrics.per_class, console)
+    else:
+        console = plain_console()
+        for line in metrics.format().splitlines():
+            console.print(plain(line), soft_wrap=True)
+        _print_classes(metrics.per_class, console)
+    if output is not None:  # last, so that a full disk does not cost the figures
+        _write(output, data, logits, metrics, report)
     return 0
 
 

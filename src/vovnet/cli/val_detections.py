@@ -84,10 +84,10 @@ def val_detections(
         if metric is None
         else evaluate_voc(data, predictions, metric=metric)
     )
-    if options.html is not None:
+    print(json.dumps(metrics.to_dict()) if as_json else metrics.format())
+    if options.html is not None:  # last, so that a full disk does not cost the figures
         shown = metrics if isinstance(metrics, Metrics) else coco()
         _write_page(options.html, model, f"{data_dir} ({split})", data, predictions, shown)
-    print(json.dumps(metrics.to_dict()) if as_json else metrics.format())
     return 0
 
 
@@ -95,6 +95,8 @@ def _check_options(options: DetectorOptions) -> VocMetric | None:
     """VOC's metric, None for COCO's; raises ConfigError before anything is loaded."""
     if options.html is not None and not options.html.absolute().parent.is_dir():
         raise ConfigError(f"html: expected an existing folder, got {options.html.parent}")
+    if options.html is not None and options.html.is_dir():
+        raise ConfigError(f"html: expected a file, found the folder {options.html}")
     for metric in METRICS:
         if options.metric == metric:
             return metric

@@ -87,8 +87,10 @@ def check_dataset(parsed: Parsed, *, read_pixels: bool = True) -> Report:
     """List every problem of a split, those of its files included.
 
     Looks at each box and each mask, and decodes each image; with read_pixels False only the header
-    of each image. Boxes may reach one pixel over the border.
+    of each image. Boxes may reach one pixel over the border. Raises DataError on no image at all.
     """
+    if not parsed.num_images:
+        raise DataError(f"{parsed.data.annotation_file}: expected at least one image, found none")
     return _examine(parsed, read_pixels=read_pixels)[1]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ VAL_PERCENT = 20
 """Of a data set without splits, the share that is kept for validation."""
 _OTHER_NAMES = {"val": ("val", "validation", "valid")}
 _SPLITS = ("train", "val", "validation", "valid", "test")
+_OF_DETECTION = ("annotations", "Annotations", "labels", "data.yaml", "data.yml")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +93,8 @@ def load_classes(
     data_dir/CLASS/          the same without splits: `val` is every fifth picture, `train` the
                              rest, told by a hash of the name, so that new pictures move no others
 
-    `class_names` gives the classes in order; without it they are sorted by name. Raises DataError
+    `class_names` gives the classes in order; without it they are sorted by name. A class may be a
+    link to a folder; links to folders inside it are not followed. Raises DataError
     on no such data, on fewer than two classes, and on a class without a picture or not in
     `class_names`.
     """
@@ -140,20 +143,33 @@ def _from_folders(folder: Path, class_names: tuple[str, ...] | None) -> ClassDat
         path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     found = tuple(path.name for path in folders)
+    if len(found) < 2:
+        _refuse_detection_data(folder)
     names = _names(found, class_names, where=folder)
     files: list[str] = []
     labels: list[int] = []
     for path in folders:
         pictures = sorted(str(file) for file in path.rglob("*") if _is_picture(file))
         if not pictures:
+            _refuse_detection_data(folder)
             suffixes = ", ".join(sorted(SUFFIXES))
             raise DataError(
-                f"{path}: expected pictures of the class {path.name!r} ({suffixes}), found none; "
-                "delete the folder if the class is not wanted"
+                f"{path}: expected pictures of the class {path.name!r} ({suffixes}), found none "
+                "(links to folders in it are not followed)"
             )
         files += pictures
         labels += [names.index(path.name)] * len(pictures)
     return _of_files(files, labels, names, source=folder)
+
+
+def _refuse_detection_data(folder: Path) -> None:
+    places = [folder, folder.parent] if folder.name in _SPLITS else [folder]
+    found = [place / name for place in places for name in _OF_DETECTION if (place / name).exists()]
+    if found:
+        raise DataError(
+            f"{folder}: expected a folder of pictures for each class, found data for detectors "
+            f"({found[0]}), which no classifier learns from; `vovnet recipes` lists what does"
+        )
 
 
 def _is_picture(file: Path) -> bool:
@@ -177,7 +193,9 @@ def _from_manifest(manifest: Path, class_names: tuple[str, ...] | None) -> Class
     for line, path, label in rows:
         if not path or not label:
             raise DataError(f"{manifest}:{line}: expected a path and a label, found a row without")
-        if not (manifest.parent / path).is_file():
+        if label != label.strip():
+            raise DataError(f"{manifest}:{line}: expected no blanks around a label, got {label!r}")
+        if not os.path.isfile(manifest.parent / path):  # false for names that are too long, too
             raise DataError(f"{manifest}:{line}: expected an image file, found none at {path!r}")
     names = _names(tuple(sorted({label for _, _, label in rows})), class_names, where=manifest)
     label_of = {name: label for label, name in enumerate(names)}

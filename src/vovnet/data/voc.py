@@ -243,16 +243,19 @@ def _is_whole(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _text(element: ET.Element, path: str, place: str) -> str:
+def _text(
+    element: ET.Element, path: str, place: str, *, kind: ProblemKind = ProblemKind.LABEL_FILE
+) -> str:
     text = element.findtext(path, "").strip()
     if not text:
-        raise RejectedError(ProblemKind.LABEL_FILE, f"{place}: expected a text in <{path}>")
+        raise RejectedError(kind, f"{place}: expected a text in <{path}>")
     return text
 
 
 def _read_object(element: ET.Element, place: str) -> _Object:
-    name = _text(element, "name", place)
-    texts = [_text(element, f"bndbox/{tag}", place) for tag in _CORNERS]
+    kind = ProblemKind.ANNOTATION
+    name = _text(element, "name", place, kind=kind)
+    texts = [_text(element, f"bndbox/{tag}", place, kind=kind) for tag in _CORNERS]
     sides = [_position(text, tag, place) for text, tag in zip(texts, _CORNERS, strict=True)]
     difficult = element.findtext("difficult", "0").strip()
     if difficult not in ("0", "1"):

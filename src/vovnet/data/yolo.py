@@ -128,11 +128,12 @@ def _located(config: Config, split: str, text: str) -> Path:
         candidates.append(text.removeprefix("../"))
     for candidate in candidates:
         path = config.folder / candidate
-        if is_inside(path, config.folder) and path.exists():
+        if is_inside(path, config.folder) and os.path.exists(path):  # false for too long names, too
             return path
     raise DataError(
-        f"{config.file}: split {split!r}: expected a folder or a .txt file that lies in "
-        f"{config.folder} (the key path says where), got {brief(text)}"
+        f"{config.file}: split {split!r}: expected an existing folder or .txt file that "
+        f"lies in {config.folder} (by the key path, {brief(config.entries.get('path'))}), "
+        f"got {brief(text)}"
     )
 
 
@@ -164,7 +165,7 @@ def parse_split(data_dir: Path, split: str) -> Parsed:
     problems: list[Problem] = []
     files = _image_files(config, sources, problems.append)
     label_files = {path: label_file(path) for path in files}
-    present = [path for path in label_files.values() if path.is_file()]
+    present = [path for path in label_files.values() if os.path.isfile(path)]
     if files and not present:
         expected = next(iter(label_files.values()))
         raise DataError(f"split {split!r}: expected label files such as {expected}, found none")

@@ -101,7 +101,8 @@ def fetch_published_file(name: str) -> Path:
             f"pretrained {name}: {WEIGHTS_FILE} of hub repository {repository} is neither "
             f"cached nor reachable ({type(error).__name__}); with a network it comes by itself; "
             f"without one, copy the folder {folder} from a machine that has it (HF_HOME says where "
-            "that is), or download the file and give its path as checkpoint_path"
+            "that is), or download the file and name it by --backbone-weights FILE (train) or "
+            "checkpoint_path (Python); to predict or measure, name a model folder instead"
         ) from error
     check_sha256(path, published.sha256)
     return path

@@ -40,5 +40,6 @@ RECIPES = (
         config=config(),
         data="own pictures, a folder for each class",
         source="this project",
+        needs_weights=True,
     ),
 )

@@ -13,7 +13,7 @@ from vovnet.model_folder import load_config, load_tensors
 from vovnet.models.deploy import ClassifierGraph, DeployGraph, fold_batch_norms
 from vovnet.models.vovnet import VoVNet
 from vovnet.models.weights import load_tensors as load_into
-from vovnet.models.zoo import create_model
+from vovnet.models.zoo import create_model, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.published import find_published, published_preprocess
 from vovnet.runtime.threads import check_threads
@@ -114,6 +114,12 @@ def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) 
     overrides go over the folder's own settings of the network.
     """
     config = load_config(folder)
+    task = task_of(config.architecture)
+    if (task == "classify") != (config.task == "classify"):
+        raise ConfigError(
+            f"{folder}: task: expected {task}, as the architecture {config.architecture} does, "
+            f"found {config.task}"
+        )
     arguments = dict(config.model_args)
     own = arguments.pop("overrides", None) or {}
     if not isinstance(own, Mapping):

@@ -1,5 +1,6 @@
 """The network that a training's settings stand for, and the preprocess of its weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vovnet.published import PUBLISHED
 from vovnet.training.config import TrainConfig
 
 _CLASS_LAYERS = (
+    "head.fc",
     ".logits",
     ".logits.conv",
     ".logits.bn",
@@ -40,7 +42,7 @@ def preprocess_fields(config: TrainConfig) -> dict[str, object]:
     return values
 
 
-def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+def build_model(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     """The network, its weights random but those that the config names."""
     if config.model_overrides.get("norm") == "frozen_bn" and config.backbone_weights is None:
         raise ConfigError(
@@ -54,7 +56,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         )
     model = create_model(
         config.model,
-        num_classes=num_classes,
+        num_classes=len(class_names),
         drop_path_rate=config.drop_path_rate,
         drop_rate=config.drop_rate,
         overrides=model_overrides(config),
@@ -68,7 +70,7 @@ def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
         where = f"backbone_weights {config.backbone_weights}"
         load_backbone(backbone_of(model), tensors, where=where)
     if config.init is not None:
-        _load_trained(model, config.init)
+        _load_trained(model, config.init, class_names)
     return model
 
 
@@ -85,13 +87,14 @@ def frozen_parts(model: nn.Module, count: int) -> list[nn.Module]:
     return [backbone.stem, *backbone.stages][:count]
 
 
-def _load_trained(model: nn.Module, folder_or_name: str) -> None:
+def _load_trained(model: nn.Module, folder_or_name: str, class_names: Sequence[str]) -> None:
     """Loads a model folder's weights; layers of other classes keep their random ones."""
     folder = resolve_model(folder_or_name)
+    same_classes = load_config(folder).class_names == list(class_names)
     tensors = {name: torch.from_numpy(value) for name, value in load_arrays(folder).items()}
     for name, own in model.state_dict().items():
         per_class = name.rpartition(".")[0].endswith(_CLASS_LAYERS)
-        if per_class and name in tensors and tensors[name].shape != own.shape:
+        if per_class and name in tensors and not same_classes:
             tensors[name] = own
     load_tensors(model, tensors, where=f"init {folder}")
 

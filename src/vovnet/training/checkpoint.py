@@ -46,6 +46,7 @@ class Checkpoint:
     position: Position
     random_states: dict[str, Any]
     config: dict[str, Any]
+    class_names: list[str]
     library: str
 
 
@@ -81,7 +82,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def save_plain(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values; at any moment `path` is the old or the new whole file."""
     with atomic_path(path) as temporary:
-        torch.save(dict(content), temporary)
+        try:
+            torch.save(dict(content), temporary)
+        except RuntimeError as error:  # a full disk, in the words of torch's own writer
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path}: cannot be written, is the disk full? ({reason})") from error
 
 
 def load_plain(path: Path) -> dict[str, Any]:

@@ -44,7 +44,8 @@ from vovnet.training.package import provenance
 from vovnet.training.step import LossStep
 
 CHECKED_PICTURES = 100_000
-"""Up to so many are decoded before the first step; of more, bad ones show when they are met."""
+"""Up to so many are decoded before the first step; of more, bad ones show when they are met, unless
+they are to be left out."""
 
 
 class ClassifierStep(LossStep):
@@ -90,6 +91,10 @@ class ClassifierStep(LossStep):
         return {"loss_class": F.cross_entropy(logits.float(), targets.labels, weights)} | losses
 
 
+class _StoppedError(Exception):
+    """A signal has come during an evaluation."""
+
+
 class ClassifierTask:
     """The training of a classifier as `train` runs it; see its Task."""
 
@@ -127,7 +132,7 @@ class ClassifierTask:
 
     def build_model(self) -> nn.Module:
         """The classifier with a head for the data's classes."""
-        return build_model(self.config, len(self.class_names))
+        return build_model(self.config, self.class_names)
 
     def loss_step(self, model: nn.Module, frozen: Sequence[nn.Module]) -> LossStep:
         """The losses of the model, those of frozen parts aside."""
@@ -172,8 +177,15 @@ class ClassifierTask:
         graph = ClassifierGraph(model, mean=mean, std=std)  # type: ignore[arg-type]
         engine = TorchEngine(graph, device=device)
         classifier = Classifier(engine, self.preprocess, self.class_names)
-        logits = predict_logits(classifier, self.val_data, threads=max(self.config.workers, 1))
-        if stop is not None and stop.received is not None:
+
+        def check(done: int) -> None:
+            if stop is not None and stop.received is not None:
+                raise _StoppedError
+
+        threads = max(self.config.workers, 1)
+        try:
+            logits = predict_logits(classifier, self.val_data, threads=threads, on_batch=check)
+        except _StoppedError:
             return None
         return evaluate_classes(logits, self.val_data.labels, self.class_names, bootstrap=bootstrap)
 
@@ -217,7 +229,7 @@ class ClassifierTask:
 
     def _checked(self, data: ClassData, skip_bad: bool) -> ClassData:
         """The data without what cannot be decoded; raises DataError unless that is wanted."""
-        if len(data) > CHECKED_PICTURES:
+        if len(data) > CHECKED_PICTURES and not skip_bad:
             return data
         with ThreadPoolExecutor(max(self.config.workers, 1)) as pool:
             bad = bad_pictures(data, map_over=pool.map)

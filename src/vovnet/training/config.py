@@ -215,6 +215,8 @@ def check_task(config: TrainConfig, task: str) -> None:
         raise ConfigError(
             f"model: expected one to {config.task}, got {config.model}, which is one to {task}"
         )
+    if config.teacher is None and (config.distill != "auto" or config.teacher_weight != 1):
+        raise ConfigError("teacher: expected one for distill and teacher_weight, got none")
     useless = _DETECTORS_ONLY if task == "classify" else _CLASSIFIERS_ONLY
     for name in useless:
         value = getattr(config, name)
@@ -263,6 +265,8 @@ def load_config(
 
 def resume_config(run_dir: Path, flags: Mapping[str, object]) -> TrainConfig:
     """The settings saved in a run folder (or beside a checkpoint in it), under the given flags."""
+    if not run_dir.exists():
+        raise ConfigError(f"resume: expected a run folder or a checkpoint, found none at {run_dir}")
     folder = run_dir if run_dir.is_dir() else run_dir.parent
     return load_config(None, folder / "config.yaml", flags)
 

@@ -67,7 +67,7 @@ class DetectorTask:
 
     def build_model(self) -> nn.Module:
         """The detector for the data's classes."""
-        return build_model(self.config, len(self.class_names))
+        return build_model(self.config, self.class_names)
 
     def loss_step(self, model: nn.Module, frozen: Sequence[nn.Module]) -> LossStep:
         """The losses of the model, those of frozen parts aside."""

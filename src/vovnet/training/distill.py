@@ -52,6 +52,7 @@ class ForeignEngine:
         linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
         if not linear:
             raise ConfigError(f"{where}: expected a classifier with a linear layer, found none")
+        self.where = where
         self.module = module.eval().to(device).to(memory_format=torch.channels_last)
         self.normalize = Normalize(preprocess.mean, preprocess.std).to(device)
         self.device = str(device)
@@ -62,12 +63,21 @@ class ForeignEngine:
         self._embedding = inputs[0].flatten(1)
 
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """As Engine.infer: logits (B, C) and embedding (B, F)."""
+        """As Engine.infer: logits (B, C) and embedding (B, F); raises ConfigError."""
         with torch.inference_mode():
             moved = torch.from_numpy(images).to(self.device)
-            logits = self.module(self.normalize(moved, torch.from_numpy(sizes).to(self.device)))
-            assert self._embedding is not None
-            return {"logits": logits.cpu().numpy(), "embedding": self._embedding.cpu().numpy()}
+            x = self.normalize(moved, torch.from_numpy(sizes).to(self.device))
+            try:
+                logits = self.module(x)
+            except Exception as error:  # of any code
+                raise _failed(self.where, "to run on a batch of images", error) from error
+            if not isinstance(logits, Tensor) or logits.ndim != 2 or self._embedding is None:
+                found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ConfigError(
+                    f"{self.where}: expected logits (B, C) out of its last linear layer, "
+                    f"got {found}"
+                )
+            return {"logits": _to_numpy(logits), "embedding": _to_numpy(self._embedding)}
 
 
 def load_teacher(spec: str, *, device: torch.device) -> Classifier:
@@ -80,20 +90,21 @@ def load_teacher(spec: str, *, device: torch.device) -> Classifier:
     Raises ConfigError naming the specification.
     """
     kind, _, rest = spec.partition(":")
+    if kind not in ("timm", "torchvision") and not kind.endswith(".py"):
+        return Classifier.load(spec, device=str(device))
     name, _, weights = rest.partition("@")
+    tensors = read_weights(Path(weights)) if weights else {}
     names: tuple[str, ...] = ()
     if kind == "timm":
         module = _from_timm(name, pretrained=not weights, where=spec)
-        described = _described(getattr(module, "pretrained_cfg", {}))
+        described = _described(getattr(module, "pretrained_cfg", None) or {}, where=spec)
     elif kind == "torchvision":
         module, described, names = _from_torchvision(name, pretrained=not weights, where=spec)
-    elif kind.endswith(".py"):
-        module = _from_function(Path(kind), name, where=spec)
-        described = _described(getattr(module, "pretrained_cfg", {}))
     else:
-        return Classifier.load(spec, device=str(device))
+        module = _from_function(Path(kind), name, where=spec)
+        described = _described(getattr(module, "pretrained_cfg", None) or {}, where=spec)
     if weights:
-        load_tensors(module, read_weights(Path(weights)), where=f"teacher {weights}")
+        load_tensors(module, tensors, where=f"teacher {weights}")
         names = ()
     engine = ForeignEngine(module, described, device, where=f"teacher {spec}")
     return Classifier(engine, described, names)
@@ -110,7 +121,7 @@ def attend(
     """
     agree = teacher.class_names == data.class_names
     if kind == "logits" and not agree:
-        found = ", ".join(teacher.class_names[:5]) or "a list of classes that it does not name"
+        found = ", ".join(map(repr, teacher.class_names[:5])) or "a list of classes that it does not name"
         raise ConfigError(
             f"distill: expected features or head, since {where} has other classes than the data: "
             f"{len(teacher.class_names)} ({found}, ...) instead of {len(data.class_names)}; "
@@ -194,6 +205,11 @@ def _from_torchvision(
     name: str, *, pretrained: bool, where: str
 ) -> tuple[nn.Module, Preprocess, tuple[str, ...]]:
     models: Any = importlib.import_module("torchvision.models")
+    if name not in models.list_models(module=models):  # those of other tasks are in modules below
+        raise ConfigError(
+            f"teacher {where}: expected a known model that classifies, as "
+            f"torchvision.models.list_models(module=torchvision.models) lists them, got {name!r}"
+        )
     try:
         weights = models.get_model_weights(name).DEFAULT
         module: nn.Module = models.get_model(name, weights=weights if pretrained else None)
@@ -207,7 +223,7 @@ def _from_torchvision(
         "std": transforms.std,
         "interpolation": transforms.interpolation.value,
     }
-    return module, _described(described), tuple(weights.meta["categories"])
+    return module, _described(described, where=where), tuple(weights.meta["categories"])
 
 
 def _from_function(path: Path, name: str, *, where: str) -> nn.Module:
@@ -215,11 +231,17 @@ def _from_function(path: Path, name: str, *, where: str) -> nn.Module:
     if spec is None or spec.loader is None:
         raise ConfigError(f"teacher {where}: expected a Python file, found none at {path}")
     namespace = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(namespace)
-    make: Callable[[], object] | None = getattr(namespace, name, None)
-    if make is None:
+    try:
+        spec.loader.exec_module(namespace)
+    except Exception as error:  # of any code
+        raise _failed(f"teacher {where}", f"{path} to be imported", error) from error
+    make: object = getattr(namespace, name, None)
+    if not callable(make):
         raise ConfigError(f"teacher {where}: expected a function {name!r} in {path}, found none")
-    module = make()
+    try:
+        module = make()
+    except Exception as error:  # as above
+        raise _failed(f"teacher {where}", f"{name}() to return a torch module", error) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"teacher {where}: expected {name}() to return a torch module, "
@@ -228,20 +250,23 @@ def _from_function(path: Path, name: str, *, where: str) -> nn.Module:
     return module
 
 
-def _described(settings: Mapping[str, Any]) -> Preprocess:
-    size = int(settings.get("input_size", (3, 224, 224))[-1])
-    fraction = float(settings.get("crop_pct", 0.875))
-    mean = _pixel_units(settings.get("mean", (0.485, 0.456, 0.406)))
-    std = _pixel_units(settings.get("std", (0.229, 0.224, 0.225)))
-    interpolation = settings.get("interpolation", "bicubic")
-    return Preprocess(
-        mean=mean,
-        std=std,
-        short_side=int(size / fraction),
-        max_long_side=None,
-        crop_size=size,
-        interpolation="bicubic" if interpolation == "bicubic" else "bilinear",
-    )
+def _described(settings: Mapping[str, Any], *, where: str) -> Preprocess:
+    try:
+        size = int(settings.get("input_size", (3, 224, 224))[-1])
+        return Preprocess(
+            mean=_pixel_units(settings.get("mean", (0.485, 0.456, 0.406))),
+            std=_pixel_units(settings.get("std", (0.229, 0.224, 0.225))),
+            short_side=int(size / float(settings.get("crop_pct", 0.875))),
+            max_long_side=None,
+            crop_size=size,
+            interpolation=settings.get("interpolation", "bicubic"),
+        )
+    except (ArithmeticError, AttributeError, ConfigError, LookupError, TypeError, ValueError) as e:
+        expected = (
+            "a pretrained_cfg with input_size (3, H, W), crop_pct in 0..1, mean and std of three "
+            "numbers, and interpolation bilinear or bicubic"
+        )
+        raise _failed(f"teacher {where}", expected, e) from e
 
 
 def _pixel_units(values: Sequence[float]) -> tuple[float, float, float]:
@@ -249,9 +274,16 @@ def _pixel_units(values: Sequence[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
+def _to_numpy(value: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = value.float().cpu().numpy()
+    return array
+
+
 def _not_found(where: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ConfigError(
-        f"teacher {where}: expected a known model whose weights are at hand or reachable "
-        f"(@FILE names a file of them), got: {reason}"
-    )
+    expected = "a known model whose weights are at hand or reachable (@FILE names a file of them)"
+    return _failed(f"teacher {where}", expected, error)
+
+
+def _failed(where: str, expected: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"{where}: expected {expected}, got {type(error).__name__}: {reason}")

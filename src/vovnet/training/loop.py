@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vovnet.errors import TrainingError
+from vovnet.errors import DataError, TrainingError
 from vovnet.training.checkpoint import Position
 from vovnet.training.optim import Ema, learning_rate_factor, set_learning_rate
 from vovnet.training.step import Batch, total_loss
@@ -86,7 +87,7 @@ def train_steps(
     optimizer: torch.optim.Optimizer,
     ema: Ema,
     *,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | DataError],
     batches_per_epoch: int,
     position: Position,
     schedule: Schedule,
@@ -101,7 +102,8 @@ def train_steps(
     `loss_step` computes the losses of `model`, of which `ema` keeps the average. `batches` goes on
     from `position` without end; the budget's seconds are those of `clock`. `position` moves along
     and is exact whenever a record is given: a checkpoint of then goes on from there.
-    Raises TrainingError naming the batch's images when a loss or a gradient is not finite.
+    Raises TrainingError naming the batch's images when a loss or a gradient is not finite, and the
+    DataError that stands in a batch's place.
     """
     started_s = clock() - position.spent_s
     if position.batch >= batches_per_epoch:  # resumed with fewer images than before
@@ -110,6 +112,8 @@ def train_steps(
     while schedule.budget.spent_fraction(position) < 1.0:
         asked_s = time.monotonic()
         batch = next(stream)
+        if isinstance(batch, DataError):
+            raise batch
         waited_s = time.monotonic() - asked_s
         learning_rate = schedule.at(position)
         set_learning_rate(optimizer, learning_rate)
@@ -156,6 +160,13 @@ def train_step(
         raise TrainingError(
             f"{device}: out of memory with a batch of {tuple(batch.images.shape)}, "
             f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB used; lower batch_size"
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"BatchNorm: expected more than one value per channel, got one from a batch of "
+            f"{tuple(batch.images.shape)}; raise batch_size, or the size of the images"
         ) from error
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     limit = math.inf if clip_norm is None else clip_norm
@@ -214,7 +225,10 @@ class _PlacedDataset(Dataset[Any]):
         self.dataset.set_place(places[0].epoch, places[0].progress)
         indices = [place.index for place in places]
         together = getattr(self.dataset, "__getitems__", None)
-        return together(indices) if together else [self.dataset[index] for index in indices]
+        try:
+            return together(indices) if together else [self.dataset[index] for index in indices]
+        except DataError as error:  # from a loading process it would arrive as a traceback
+            return [error]
 
 
 class _EndlessBatches(Sampler[list[_Place]]):
@@ -275,11 +289,17 @@ def endless_batches(
         _PlacedDataset(dataset),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(_collate_unless_failed, collate),
         worker_init_fn=detach_worker,
         # Its own generator: the loader would draw from the global one, once for each start.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _collate_unless_failed(
+    collate: Callable[[Sequence[Any]], Batch], items: Sequence[Any]
+) -> Batch | DataError:
+    return items[0] if isinstance(items[0], DataError) else collate(items)
 
 
 def detach_worker(worker: int) -> None:

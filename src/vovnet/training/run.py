@@ -4,7 +4,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vovnet.errors import ConfigError
+from vovnet.errors import ConfigError, DataError
 from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import save_model_folder
 from vovnet.models.weights import load_tensors
@@ -151,6 +151,16 @@ def _train(
     check_task(config, found)
     set_threads(config.threads)
     task = TASKS[found](config, skip_bad=skip_bad, device=device)
+    if task.num_train < world.size:
+        raise ConfigError(
+            f"torchrun: expected at most {task.num_train} processes, one for each image, "
+            f"got {world.size}"
+        )
+    if checkpoint is not None and checkpoint.class_names != list(task.class_names):
+        raise ConfigError(
+            f"resume: expected the classes {', '.join(checkpoint.class_names)} as in "
+            f"{checkpoint_file}, found {', '.join(task.class_names)}"
+        )
     run = _prepare(config, task, device, report, world)
     # Nothing is written before all this has succeeded: a refused start leaves no trace.
     if checkpoint_file is not None:
@@ -224,7 +234,12 @@ def _train_and_evaluate(run: _Run) -> int | None:
     budget = _budget(config, batches_per_epoch)
     records = _steps(run, budget, batches_per_epoch)
     saved_s = position.spent_s
-    with StopSignals() as stop, run.report, run.tensorboard or nullcontext():
+    with (
+        StopSignals() as stop,
+        run.report,
+        run.tensorboard or nullcontext(),
+        _saved_on_bad_data(run),
+    ):
         # One may be left over from before: it was stopped by what ended the run resumed here.
         if _evaluation_due(run, budget) and not _evaluate_and_keep_best(run, stop):
             return stop.received
@@ -249,6 +264,16 @@ def _train_and_evaluate(run: _Run) -> int | None:
                 return None
             finished_s = time.monotonic()
     return None
+
+
+@contextmanager
+def _saved_on_bad_data(run: _Run) -> Iterator[None]:
+    """A file that breaks on the way ends the training, and costs none of its steps."""
+    try:
+        yield
+    except DataError:
+        _save(run)
+        raise
 
 
 def _steps(run: _Run, budget: Budget, batches_per_epoch: int) -> Iterator[StepRecord]:
@@ -404,6 +429,7 @@ def _save(run: _Run) -> None:
         position=run.position,
         random_states=capture_random_states(),
         config=run.config.model_dump(mode="json"),
+        class_names=list(run.task.class_names),
         library=library_version(),
     )
     save_checkpoint(run.folder / LAST, checkpoint)

@@ -34,6 +34,7 @@ class Task(Protocol):
 
     spent_s: float
     skipped: list[str]
+    class_names: tuple[str, ...]
 
     @property
     def dataset(self) -> EpochDataset:
