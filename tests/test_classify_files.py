@@ -173,11 +173,16 @@ def test_a_backbone_writes_features_alone(backbone_folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("f.csv", r"ends in \.npz or \.parquet"), ("nowhere/f.npz", "expected an existing folder")],
+    [
+        ("f.csv", r"ends in \.npz or \.parquet"),
+        ("nowhere/f.npz", "expected an existing folder"),
+        ("taken.npz", "features: expected a file, found the folder"),
+    ],
 )
 def test_features_that_cannot_be_written_stop_the_run_before_it(
     classifier: Classifier, tmp_path: Path, name: str, message: str
 ) -> None:
+    (tmp_path / "taken.npz").mkdir()
     with pytest.raises(ConfigError, match=message):
         classify_files(classifier, images(tmp_path, 1), tmp_path, features=tmp_path / name)
     assert not (tmp_path / "results.json").exists()

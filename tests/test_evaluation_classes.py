@@ -1,7 +1,9 @@
 """Figures of classifiers against loops that restate their definitions."""
 
+import io
 import json
 import math
+import tarfile
 import threading
 from pathlib import Path
 
@@ -292,6 +294,28 @@ def test_labels_are_told_by_name(colours: Path) -> None:
         "red": 4,
     }
     assert data.class_names == ("x", "green", "y", "blue", "red")
+
+
+def write_shard(folder: Path, labels: range) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, format="PNG")
+    with tarfile.open(folder / "test.tar", "w") as tar:
+        for label in labels:
+            for suffix, content in (("png", stream.getvalue()), ("cls", str(label).encode())):
+                entry = tarfile.TarInfo(f"{label:03}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+
+
+def test_numbers_in_shards_are_names_where_the_model_has_these(tmp_path: Path) -> None:
+    write_shard(tmp_path, range(12))
+    as_text = tuple(sorted(map(str, range(12))))  # 0, 1, 10, 11, 2, ... as of folders
+    data = load_known_classes(tmp_path, "test", as_text)
+    assert [as_text[label] for label in data.labels] == [str(label) for label in range(12)]
+    data = load_known_classes(tmp_path, "test", tuple("abcdefghijkl"))
+    assert data.labels.tolist() == list(range(12))
+    with pytest.raises(ConfigError, match="found 1 others \\('0'\\)"):
+        load_known_classes(tmp_path, "test", tuple(map(str, range(1, 13))))
 
 
 def test_one_class_of_the_model_is_enough(colours: Path) -> None:

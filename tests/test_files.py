@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import threading
@@ -53,12 +54,36 @@ def test_an_exception_keeps_the_old_content(
     assert not existed or target.read_text() == "old"
 
 
-def test_a_failing_rename_removes_the_temporary_file(tmp_path: Path) -> None:
+def test_a_failing_rename_removes_the_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "no", str(source))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=r"no: '.*/a.txt'$"):
+        atomic_write_text(tmp_path / "a.txt", "text")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_regular_file_stays(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "taken"
-    target.mkdir()
-    with pytest.raises(OSError, match="taken"):
+    os.mkfifo(target) if kind == "pipe" else target.mkdir()
+    mode = target.stat().st_mode
+    with pytest.raises(ConfigError, match="taken: expected a file to write, found"):
         atomic_write_text(target, "text")
+    assert target.stat().st_mode == mode
     assert names_in(tmp_path) == ["taken"]
+
+
+def test_a_full_disk_is_told_with_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"full: '.*/a.txt'$"),
+        atomic_path(tmp_path / "a.txt"),
+    ):
+        raise OSError(errno.ENOSPC, "full")  # as a write to an open file does, without a name
+    assert names_in(tmp_path) == []
 
 
 def test_data_reaches_the_disk_before_the_rename_and_the_folder_after(
@@ -103,7 +128,7 @@ def test_a_name_of_greatest_length_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/a\.txt"):
         atomic_write_text(tmp_path / "nowhere" / "a.txt", "text")
 
 

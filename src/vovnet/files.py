@@ -51,7 +51,7 @@ def _naming(path: Path, *, instead_of: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(instead_of), instead_of):
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -193,6 +193,14 @@ def test_an_output_that_is_a_file_is_refused(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_the_figures_are_there_when_writing_fails(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out" / "predictions.csv").mkdir(parents=True)
+    code, out, err = run("--output", tmp_path / "out")
+    assert code == 2
+    assert "predictions.csv: expected a file to write" in err
+    assert "top-1" in out
+
+
 def test_a_detector_takes_no_output(run: Run, tmp_path: Path) -> None:
     config = ModelConfig(
         architecture="fcos_lite",

@@ -73,6 +73,7 @@ def test_a_page_and_views(monkeypatch, capsys, tmp_path: Path, arguments: list[o
         ("--metric", "voc", "metric: expected coco, voc07 or voc12, got 'voc'"),
         ("--tta", "turn", "tta: expected flip"),
         ("--html", "/nowhere/at/all.html", "html: expected an existing folder"),
+        ("--html", "/", "html: expected a file, found the folder /"),
     ],
 )
 def test_wrong_options(
@@ -80,6 +81,16 @@ def test_wrong_options(
 ) -> None:
     assert run(monkeypatch, *arguments, option, value) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_figures_are_there_when_writing_fails(
+    monkeypatch, capsys, tmp_path: Path, arguments: list[object]
+) -> None:
+    (tmp_path / "pipe").symlink_to("/dev/null")
+    assert run(monkeypatch, *arguments, "--html", tmp_path / "pipe") == 2
+    printed = capsys.readouterr()
+    assert "pipe: expected a file to write" in printed.err
+    assert "AP" in printed.out
 
 
 def test_predict_with_views(

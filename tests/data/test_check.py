@@ -151,6 +151,12 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         load_checked(parse_files(path, tmp_path), skip_bad=True)
 
 
+def test_no_image_at_all_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, [], [])
+    with pytest.raises(DataError, match="expected at least one image, found none"):
+        check_dataset(parse_files(path, tmp_path))
+
+
 def test_a_file_that_is_no_annotation_file_stops_either_way(tmp_path: Path) -> None:
     path = tmp_path / "labels.json"
     path.write_text("{")

@@ -76,6 +76,8 @@ def test_a_manifest(folder):
         ("path,label\nno.png,a\n", ":2: expected an image file, found none at 'no.png'"),
         ("path,label\ntrain/red/0.png,a\n", "expected at least 2 classes, found a"),
         ("", "expected the columns path and label, found none"),
+        (f"path,label\n{'x' * 5000},a\n", ":2: expected an image file, found none"),
+        ("path,label\ntrain/red/0.png, a\n", ":2: expected no blanks around a label, got ' a'"),
         ('path,label\n"unended,a\n', "expected a CSV file in UTF-8"),
     ],
 )
@@ -123,12 +125,30 @@ def test_what_is_not_a_data_set(folder, tmp_path):
     with pytest.raises(DataError, match=r"expected test/CLASS/ .* found train, val"):
         load_classes(folder, "test")
     (folder / "train" / "yellow").mkdir()
-    with pytest.raises(DataError, match=r"pictures of the class 'yellow' .* found none; delete"):
+    with pytest.raises(DataError, match=r"pictures of the class 'yellow' .* found none \(links"):
         load_classes(folder, "train")
     single = tmp_path / "single" / "only"
     single.mkdir(parents=True)
     with pytest.raises(DataError, match="expected at least 2 classes, found only"):
         load_classes(single.parent, "train")
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("Annotations/1.xml", "ImageSets/Main/train.txt", "JPEGImages/1.jpg"),
+        ("annotations/train.json", "train2017/1.jpg"),
+        ("annotations/train.json", "train/1.jpg"),
+        ("images/train/1.jpg", "labels/train/1.txt"),
+        ("data.yaml", "train/images/1.jpg", "train/labels/1.txt"),
+    ],
+)
+def test_data_for_detectors_is_told(tmp_path, paths):
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    with pytest.raises(DataError, match="pictures for each class, found data for detectors"):
+        load_classes(tmp_path, "train")
 
 
 def test_names_in_any_alphabet_and_with_separators(tmp_path):

@@ -170,9 +170,9 @@ BAD_OBJECTS = {
     "far": (thing(box=box(ymax="9" * 99)), ProblemKind.NON_FINITE_BOX, "ymax"),
     "text": (thing(box=box(xmin="1_0")), ProblemKind.NON_FINITE_BOX, "got '1_0'"),
     "digits": (thing(box=box(xmin="\u0663")), ProblemKind.NON_FINITE_BOX, "xmin"),
-    "no side": (thing(box=box(xmin=" ")), ProblemKind.LABEL_FILE, "<bndbox/xmin>"),
-    "no box": (thing(box=""), ProblemKind.LABEL_FILE, "<bndbox/xmin>"),
-    "no name": (thing(name=" "), ProblemKind.LABEL_FILE, "<name>"),
+    "no side": (thing(box=box(xmin=" ")), ProblemKind.ANNOTATION, "<bndbox/xmin>"),
+    "no box": (thing(box=""), ProblemKind.ANNOTATION, "<bndbox/xmin>"),
+    "no name": (thing(name=" "), ProblemKind.ANNOTATION, "<name>"),
     "difficult": (
         thing(rest="<difficult>yes</difficult>"),
         ProblemKind.ANNOTATION,

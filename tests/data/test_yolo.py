@@ -230,6 +230,8 @@ BAD_CONFIGS = {
     "no split": ("val: images\nnames: [a]\n", "split 'train': expected a folder.*it has val"),
     "number": ("train: 5\nnames: [a]\n", "split 'train': expected a folder.*got 5"),
     "outside": ("train: ../..\nnames: [a]\n", "that lies in"),
+    "root": ("path: /\ntrain: none\nnames: [a]\n", r"lies in / \(by the key path, '/'\), got"),
+    "long": (f"train: {'x' * 5000}\nnames: [a]\n", "that lies in"),
     "absolute": ("train: /etc\nnames: [a]\n", "that lies in .*, got '/etc'"),
     "missing": ("train: none\nnames: [a]\n", "that lies in .*, got 'none'"),
 }
@@ -275,3 +277,12 @@ def test_image_names_that_have_no_place(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="YOLO finds images by"):
         write_split(tmp_path, "train", data, [name])
     assert not os.listdir(tmp_path)
+
+
+def test_a_listed_name_that_is_too_long_is_a_problem(tmp_path: Path) -> None:
+    add(tmp_path)
+    configure(tmp_path, train="train.txt")
+    (tmp_path / "train.txt").write_text(f"images/train/a.png\nimages/train/{'x' * 5000}.png\n")
+    parsed = parse_split(tmp_path, "train")
+    assert names_of(parsed) == ["a.png"]
+    assert len(parsed.problems) == 1

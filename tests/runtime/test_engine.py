@@ -1,5 +1,7 @@
 """Choosing an engine, and what every engine gives."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +70,28 @@ def test_wrong_arguments_say_what_was_expected(
 
 
 @pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
-def test_classifiers_give_logits_and_embedding(classifier_folder: Path, name: str) -> None:
-    engine = load_engine(classifier_folder, engine=name)
-    found = engine.infer(*picture())
+def test_classifiers_give_logits_and_embedding(
+    exported_classifier_folder: Path, name: str
+) -> None:
+    engine = load_engine(exported_classifier_folder, engine=name)
+    images = picture()[0][:, :, :64]  # the size of its crop, without padding
+    found = engine.infer(images, np.array([[64, 64]], np.int64))
     assert (engine.max_detections, engine.has_masks) == (0, False)
     assert {key: value.shape for key, value in found.items()} == {
         "logits": (1, 3),
         "embedding": (1, 512),
     }
     assert found["logits"].dtype == np.float32
+
+
+def test_a_task_that_is_not_the_architectures_is_named(
+    classifier_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(classifier_folder, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task": "detect"}))
+    with pytest.raises(ConfigError, match=r"task: expected classify, .* found detect"):
+        load_engine(tmp_path / "model", settings={"min_score": 0.0})
 
 
 def test_a_backbone_gives_its_embedding_alone(backbone_folder: Path) -> None:

@@ -46,7 +46,7 @@ def noise(height: int, width: int, *, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(("file", "engine"), WAYS)
 def test_a_detector_answers_as_in_torch(exported_folder: Path, file: str, engine: str) -> None:
-    limits = {"score_threshold": 0.1, "max_detections": 7}
+    limits = {"score_threshold": 0.05, "max_detections": 7}  # its scores lie close to 0.1
     torch_s = Predictor.load(exported_folder, engine="torch", **limits)
     ours = Predictor.load(exported_folder / file, engine=engine, **limits)
     assert (ours.engine.name, ours.engine.precision, ours.engine.device) == (engine, "fp32", "cpu")
@@ -54,7 +54,7 @@ def test_a_detector_answers_as_in_torch(exported_folder: Path, file: str, engine
     assert ours.preprocess == torch_s.preprocess
     for picture in (noise(70, 50), noise(33, 121, seed=1)):
         expected, found = torch_s(picture), ours(picture)
-        assert 0 < len(expected) <= 7
+        assert len(expected) == 7
         assert found.labels.tolist() == expected.labels.tolist()
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
         np.testing.assert_allclose(found.boxes_xyxy, expected.boxes_xyxy, atol=1e-2)

@@ -134,4 +134,5 @@ def test_saved_settings_read_back(tmp_path):
     config = load_config(None, None, flags)
     write(tmp_path, config_to_yaml(config))
     assert resume_config(tmp_path, {}) == config
+    (tmp_path / "last.pt").touch()
     assert resume_config(tmp_path / "last.pt", {"workers": 0}).workers == 0

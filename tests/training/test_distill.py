@@ -45,6 +45,53 @@ def wrong():
 
 def headless():
     return nn.Conv2d(3, 3, 1)
+
+
+number = 7
+
+
+def needs(argument):
+    return make()
+
+
+def fails():
+    raise RuntimeError("out of luck")
+
+
+class Tuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x), x
+
+
+class Apart(Tuple):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class Failing(Tuple):
+    def forward(self, x):
+        return self.net(x[:, :2])
+
+
+def bare():
+    model = make()
+    model.pretrained_cfg = None
+    return model
+
+
+def described(**settings):
+    model = make()
+    model.pretrained_cfg = settings
+    return model
+
+
+no_crop = lambda: described(crop_pct=0)
+one_mean = lambda: described(mean=(0.5,))
+nearest = lambda: described(interpolation="nearest")
 """
 
 
@@ -155,6 +202,14 @@ def test_timms_and_torchvisions_architectures_with_a_file(data, tmp_path):
         ("{}:wrong", r"expected wrong\(\) to return a torch module, got int"),
         ("{}:none", "expected a function 'none'"),
         ("{}:headless", "expected a classifier with a linear layer, found none"),
+        ("{}:number", "teacher .*: expected a function 'number'"),
+        ("{}:needs", r"teacher .*: expected needs\(\) to return .*missing 1 required"),
+        ("{}:fails", "teacher .*: expected .*RuntimeError: out of luck"),
+        ("{}:no_crop", "teacher .*: expected a pretrained_cfg .*ZeroDivisionError"),
+        ("{}:one_mean", "teacher .*: expected a pretrained_cfg .*not enough values"),
+        ("{}:nearest", "teacher .*: expected a pretrained_cfg .*'nearest'"),
+        ("torchvision:ssd300_vgg16", "expected a known model that classifies, .*'ssd300_vgg16'"),
+        ("timm:nonet@no.pth", "expected a file, found none at no.pth"),
         ("no.py:make", "expected a Python file, found none at no.py"),
         ("torchvision:nonet", "torchvision:nonet: expected a known model"),
         ("torchvision:resnet18@no.pth", "expected a file, found none at no.pth"),
@@ -163,6 +218,37 @@ def test_timms_and_torchvisions_architectures_with_a_file(data, tmp_path):
 def test_wrong_teachers_are_named(function_file, spec, message):
     with pytest.raises(ConfigError, match=message):
         load_teacher(spec.format(function_file), device=CPU)
+
+
+def test_a_file_that_is_no_python_is_named(tmp_path):
+    (tmp_path / "broken.py").write_text("def make(:")
+    with pytest.raises(ConfigError, match=r"teacher .*broken.py to be imported, got SyntaxError"):
+        load_teacher(f"{tmp_path / 'broken.py'}:make", device=CPU)
+
+
+def test_a_function_without_a_description_of_its_pictures_has_imagenets(function_file):
+    teacher = load_teacher(f"{function_file}:bare", device=CPU)
+    assert (teacher.preprocess.crop_size, teacher.preprocess.short_side) == (224, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Tuple", r"expected logits \(B, C\) .* got tuple"),
+        ("Apart", r"expected logits \(B, C\) out of its last linear layer"),
+        ("Failing", "expected to run on a batch of images, got RuntimeError"),
+    ],
+)
+def test_a_module_that_is_no_classifier_is_named_when_it_runs(data, function_file, name, message):
+    teacher = load_teacher(f"{function_file}:{name}", device=CPU)
+    with pytest.raises(ConfigError, match=f"teacher .*{name}: {message}"):
+        attend(teacher, data, "auto", where="it")
+
+
+def test_class_names_are_shown_in_one_line(data, tmp_path):
+    teacher = Classifier.load(make_folder(tmp_path / "model", ("a\nb", "c")))
+    with pytest.raises(ConfigError, match=r"\('a\\nb', 'c', \.\.\.\)"):
+        attend(teacher, data, "logits", where="it")
 
 
 def test_losses_against_their_definitions():

@@ -1,6 +1,5 @@
 """What can be profiled, by its name: a model folder, an architecture of the zoo, an ONNX file."""
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from vovnet.predict import Predictor
 from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
 from vovnet.published import PUBLISHED, find_published
+from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.torch import build_model, choose_device, set_threads
 
 DEFAULT_SIDES = {"classify": 224, "detect": 512, "segment": 512}
@@ -308,8 +308,8 @@ def _module_inputs(target: Target, point: Point) -> tuple[Tensor, ...]:
 def _open_onnx(target: Target, point: Point) -> Network:
     """An ONNX file in onnxruntime, with one random image input of its own shape."""
     try:
-        onnxruntime: Any = importlib.import_module("onnxruntime")
-    except ImportError:
+        onnxruntime = import_onnxruntime()
+    except ConfigError:
         raise ConfigError(
             f"{target.name}: an ONNX file is counted; to time it, install onnxruntime"
         ) from None

@@ -1,6 +1,7 @@
 """An exported file run by ONNX Runtime, on the CPU and without torch."""
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,17 @@ def load(
 
 
 def import_onnxruntime() -> Any:
-    """The package; raises ConfigError where it is not installed."""
+    """The package, without its telemetry; raises ConfigError where it is not installed."""
+    # Read once, when its library loads: else it keeps a device id in ~/.cache and reports home.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        return importlib.import_module("onnxruntime")
+        onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError:
         raise ConfigError(
             "engine: expected onnxruntime to be installed: pip install 'vovnet[export]'"
         ) from None
+    onnxruntime.disable_telemetry_events()  # where others imported it before
+    return onnxruntime
 
 
 def open_session(onnxruntime: Any, path: Path, options: Any) -> Any:
