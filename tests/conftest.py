@@ -1,5 +1,6 @@
 """What tests of several modules share: small model folders with random weights."""
 
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -62,7 +63,7 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The segmenter with its exports beside."""
-    return add_exports(model_folder, tmp_path_factory.mktemp("exports") / "small")
+    return export_once(model_folder, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,21 @@ def exported_classifier_folder(
     classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The classifier with its exports beside."""
-    return add_exports(classifier_folder, tmp_path_factory.mktemp("exports") / "classifier")
+    return export_once(classifier_folder, tmp_path_factory)
+
+
+def export_once(source: Path, temporary: pytest.TempPathFactory) -> Path:
+    """A copy of a model folder with both exports, which all workers share: a detector's takes the
+    exporter most of a minute. Tests only read it.
+    """
+    base = temporary.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / f"exported-{source.name}"
+    with (shared / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            add_exports(source, temporary.mktemp("exports") / source.name).rename(folder)
+    return folder
 
 
 def add_exports(source: Path, folder: Path) -> Path:

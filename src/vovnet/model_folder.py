@@ -140,6 +140,7 @@ def load_config(folder: Path) -> ModelConfig:
 
     Raises ConfigError naming the file, the key, what was expected and what was found.
     """
+    content: str | bytes
     if is_graph_file(folder) and folder.is_file():
         path, content = folder, _read_exported(folder)
     else:
@@ -222,8 +223,8 @@ def _read_exported(path: Path) -> str:
     found = read_metadata(path).get(CONFIG_KEY)
     if found is None:
         raise ConfigError(
-            f"{path}: expected a file that `vovnet export` wrote, found one that does not say which "
-            "classes it has and how it wants its images"
+            f"{path}: expected a file that `vovnet export` wrote, found one that does not say "
+            "which classes it has and how it wants its images"
         )
     return found
 

@@ -70,9 +70,7 @@ def test_wrong_arguments_say_what_was_expected(
 
 
 @pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
-def test_classifiers_give_logits_and_embedding(
-    exported_classifier_folder: Path, name: str
-) -> None:
+def test_classifiers_give_logits_and_embedding(exported_classifier_folder: Path, name: str) -> None:
     engine = load_engine(exported_classifier_folder, engine=name)
     images = picture()[0][:, :, :64]  # the size of its crop, without padding
     found = engine.infer(images, np.array([[64, 64]], np.int64))

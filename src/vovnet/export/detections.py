@@ -193,7 +193,8 @@ def _put_back(values: Tensor, rows: _Rows, found: Found) -> Tensor:
     shape = (-1, *(1 for _ in values.shape[1:]))
     empty = values.new_zeros((valid.shape[0], *values.shape[1:]))
     every: Tensor = empty.index_put((rows.chosen,), values) * valid.view(shape)
-    return every.unflatten(0, (-1, found["valid"].shape[1]))
+    rows_of_images: Tensor = every.unflatten(0, (-1, found["valid"].shape[1]))
+    return rows_of_images
 
 
 def _pool(

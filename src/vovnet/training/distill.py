@@ -1,7 +1,7 @@
 """Learning from a teacher: what it says of each training picture is computed once, beforehand."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +121,7 @@ def attend(
     """
     agree = teacher.class_names == data.class_names
     if kind == "logits" and not agree:
-        found = ", ".join(map(repr, teacher.class_names[:5])) or "a list of classes that it does not name"
+        found = ", ".join(map(repr, teacher.class_names[:5])) or "classes that it does not name"
         raise ConfigError(
             f"distill: expected features or head, since {where} has other classes than the data: "
             f"{len(teacher.class_names)} ({found}, ...) instead of {len(data.class_names)}; "
