@@ -84,7 +84,7 @@ def common_options(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
-    """VoVNet detectors and instance segmenters, and what they cost."""
+    """VoVNet classifiers, detectors and instance segmenters, and what they cost."""
 
 
 @app.command()

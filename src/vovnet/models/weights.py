@@ -3,10 +3,13 @@
 import hashlib
 import pickle
 import re
+import socket
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from warnings import warn
 
 import torch
@@ -94,7 +97,9 @@ def fetch_published_file(name: str) -> Path:
     published = PUBLISHED[name]
     repository = published.hub_repository
     try:
-        path = Path(hf_hub_download(repository, WEIGHTS_FILE))
+        path = Path(
+            hf_hub_download(repository, WEIGHTS_FILE, local_files_only=not _hub_is_reachable())
+        )
     except (OSError, ValueError) as error:
         folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
         raise ConfigError(
@@ -106,6 +111,19 @@ def fetch_published_file(name: str) -> Path:
         ) from error
     check_sha256(path, published.sha256)
     return path
+
+
+def _hub_is_reachable() -> bool:
+    """Whether the hub's name resolves, or a proxy does that: without a network the hub's client
+    would try again and again for half a minute.
+    """
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def check_sha256(path: Path, expected: str | None) -> None:

@@ -263,7 +263,18 @@ def _train_and_evaluate(run: _Run) -> int | None:
                 )
                 return None
             finished_s = time.monotonic()
+    _report_length(run, batches_per_epoch)
     return None
+
+
+def _report_length(run: _Run, batches_per_epoch: int) -> None:
+    position = run.position
+    epochs = position.step / batches_per_epoch
+    short = ", less than one pass over the images: it needs more time" if epochs < 1 else ""
+    run.report.message(
+        f"trained {position.step} steps, {epochs:.2f} epochs, in {position.spent_s / 60:.1f} "
+        f"minutes{short}"
+    )
 
 
 @contextmanager
