@@ -151,7 +151,7 @@ def test_wrong_arguments(
         (["--precision", "fp16", "--device", "cpu"], 2, "on the CPU, got 'fp16'"),
         (["--engine", "abacus"], 2, "engine: expected auto"),
         (["--source", "none.png"], 3, "none.png: no such file"),
-        (["--data", "none"], 3, "split 'val': expected none/annotations"),
+        (["--data", "none"], 3, "none: expected the folder of a data set"),
         (["--image-size", "1" * 5000], 2, "image size: expected"),
     ],
 )

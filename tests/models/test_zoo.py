@@ -172,7 +172,7 @@ def test_published_weights_go_into_models_and_backbones(monkeypatch, tmp_path: P
     asked = []
     monkeypatch.setattr(
         "vovnet.models.weights.hf_hub_download",
-        lambda repository, file: asked.append((repository, file)) or str(path),
+        lambda repository, file, **_: asked.append((repository, file)) or str(path),
     )
     whole = create_model("ese_vovnet19b_dw", pretrained=True)
     other = create_model("ese_vovnet19b_dw", pretrained=True, num_classes=4)

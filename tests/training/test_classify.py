@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,7 +96,7 @@ def test_a_resumed_training_equals_a_straight_one(data_dir, tmp_path, finished):
     class StopAt(ProgressReport):
         def step(self, record, spent_fraction):
             if record["step"] == 5:
-                os.kill(os.getpid(), 15)
+                signal.raise_signal(signal.SIGTERM)
 
     first = train(config, report=StopAt())
     assert first.exit_code == 143

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vovnet.data.formats import require_split
-from vovnet.errors import ConfigError
+from vovnet.errors import ConfigError, DataError
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, bundled_models
 from vovnet.profiling.accuracy import cost_block, measure_accuracy, update_card
@@ -98,8 +98,8 @@ def profile(
     kept += [] if image is None else [image]
     _check_outputs(outputs, kept, [*targets, *([reference] if reference else [])])
     check_settings(settings)
-    if data_dir is not None and any(target.task != "classify" for target in targets):
-        require_split(data_dir, split)
+    if data_dir is not None:
+        _check_data(data_dir, split, targets)
     accuracies = _accuracies(targets, data_dir, split, settings)
     measured = profile_targets(
         [*([reference] if reference else []), *targets],
@@ -162,6 +162,14 @@ def _check_outputs(
                 "outputs, got one of these"
             )
         taken.append(path)
+
+
+def _check_data(data_dir: Path, split: str, targets: Sequence[Target]) -> None:
+    """Raises DataError before anything is timed where the data is not there."""
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: expected the folder of a data set, found none")
+    if any(target.task != "classify" for target in targets):
+        require_split(data_dir, split)
 
 
 def _require_folders(targets: Sequence[Target]) -> None:
