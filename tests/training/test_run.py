@@ -12,7 +12,8 @@ from vovnet.errors import ConfigError, DataError
 from vovnet.predict import Predictor
 from vovnet.training.config import TrainConfig, load_config, resume_config
 from vovnet.training.report import ProgressReport, drop_records_after, read_records
-from vovnet.training.run import TrainResult, train
+from vovnet.training.run import train
+from vovnet.training.task import TrainResult
 
 SMALL = {
     "neck_channels": 64,

@@ -17,6 +17,7 @@ from vovnet.errors import ConfigError
 from vovnet.files import atomic_path
 
 FORMAT_VERSION = 2
+LAST = "last.pt"
 
 
 @dataclass(slots=True)
@@ -77,6 +78,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except TypeError as error:
         raise ConfigError(f"{path}: expected the fields of Position, found: {error}") from error
     return Checkpoint(**values)
+
+
+def find_checkpoint(resume: Path) -> Path:
+    """The checkpoint a run folder holds, or this one; raises ConfigError where there is none."""
+    file = resume / LAST if resume.is_dir() else resume
+    if not file.is_file():
+        raise ConfigError(f"resume: expected a checkpoint at {file}, found none")
+    return file
 
 
 def save_plain(path: Path, content: Mapping[str, Any]) -> None:

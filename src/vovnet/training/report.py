@@ -119,6 +119,12 @@ def describe_step(record: Record) -> str:
     )
 
 
+def describe_length(steps: int, epochs: float, minutes: float) -> str:
+    """One line at a training's end, with a hint where it was too short to mean anything."""
+    short = ", less than one pass over the images: it needs more time" if epochs < 1 else ""
+    return f"trained {steps} steps, {epochs:.2f} epochs, in {minutes:.1f} minutes{short}"
+
+
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line of JSON to the file."""
     with path.open("a", encoding="utf-8") as file:

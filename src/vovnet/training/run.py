@@ -20,9 +20,11 @@ from vovnet.models.zoo import task_of
 from vovnet.runtime.torch import choose_device, set_threads
 from vovnet.training.build import frozen_parts
 from vovnet.training.checkpoint import (
+    LAST,
     Checkpoint,
     Position,
     capture_random_states,
+    find_checkpoint,
     library_version,
     load_checkpoint,
     load_plain,
@@ -51,16 +53,17 @@ from vovnet.training.report import (
     SilentReport,
     TensorboardLog,
     append_record,
+    describe_length,
     draw_curves,
     drop_records_after,
     read_records,
     require_matplotlib,
 )
 from vovnet.training.step import LossStep
-from vovnet.training.task import Metrics, Task
+from vovnet.training.task import Task, TrainResult
 from vovnet.training.world import World, joined_world
 
-LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
+BEST, METRICS = "best.pt", "metrics.jsonl"
 FINAL_RESAMPLES = 200
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -68,23 +71,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "detect": DetectorTask,
     "segment": DetectorTask,
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """How a training ended; without metrics and model folder when it was interrupted, and in all
-    processes but the first.
-    """
-
-    run_dir: Path
-    interrupted_by: int | None = None  # number of the signal
-    model_dir: Path | None = None
-    metrics: Metrics | None = None
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 130 after Ctrl-C and 143 after SIGTERM."""
-        return 0 if self.interrupted_by is None else 128 + self.interrupted_by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +129,7 @@ def _train(
     device: torch.device,
     world: World,
 ) -> TrainResult:
-    checkpoint_file = None if resume is None else _checkpoint_file(resume)
+    checkpoint_file = None if resume is None else find_checkpoint(resume)
     checkpoint = None if checkpoint_file is None else load_checkpoint(checkpoint_file)
     if checkpoint is not None:
         check_same_training(config, checkpoint.config, where=str(checkpoint_file))
@@ -256,25 +242,16 @@ def _train_and_evaluate(run: _Run) -> int | None:
                 saved_s = position.spent_s
             if received is not None:
                 return received
-            if evaluated and _is_stale(run):
+            if evaluated and position.evaluations_since_best >= (config.patience or math.inf):
                 run.report.message(
                     f"no better for {config.patience} evaluations: the best was step "
                     f"{position.best_step}"
                 )
                 return None
             finished_s = time.monotonic()
-    _report_length(run, batches_per_epoch)
-    return None
-
-
-def _report_length(run: _Run, batches_per_epoch: int) -> None:
-    position = run.position
     epochs = position.step / batches_per_epoch
-    short = ", less than one pass over the images: it needs more time" if epochs < 1 else ""
-    run.report.message(
-        f"trained {position.step} steps, {epochs:.2f} epochs, in {position.spent_s / 60:.1f} "
-        f"minutes{short}"
-    )
+    run.report.message(describe_length(position.step, epochs, position.spent_s / 60))
+    return None
 
 
 @contextmanager
@@ -334,11 +311,6 @@ def _shared_signal(run: _Run, stop: StopSignals) -> int | None:
     """The signal that process 0 has received: all stop after the same step, or none."""
     (received,) = run.world.share([stop.received or 0])
     return int(received) or None
-
-
-def _is_stale(run: _Run) -> bool:
-    patience = run.config.patience
-    return patience is not None and run.position.evaluations_since_best >= patience
 
 
 def _budget(config: TrainConfig, batches_per_epoch: int) -> Budget:
@@ -475,10 +447,3 @@ def _finish(run: _Run) -> TrainResult:
     save_model_folder(folder, model_config, arrays, card=card)
     run.report.message(f"{folder}: {metrics.format()}")
     return TrainResult(run_dir=run.folder, model_dir=folder, metrics=metrics)
-
-
-def _checkpoint_file(resume: Path) -> Path:
-    file = resume / LAST if resume.is_dir() else resume
-    if not file.is_file():
-        raise ConfigError(f"resume: expected a checkpoint at {file}, found none")
-    return file

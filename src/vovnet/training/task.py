@@ -1,6 +1,8 @@
 """What a training does for one kind of model, and what its evaluations give."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -74,3 +76,20 @@ class Task(Protocol):
         self, model_config: ModelConfig, model: nn.Module, metrics: Any, *, file_bytes: int
     ) -> str:
         """README.md of the model folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a training ended; without metrics and model folder when it was interrupted, and in all
+    processes but the first.
+    """
+
+    run_dir: Path
+    interrupted_by: int | None = None  # number of the signal
+    model_dir: Path | None = None
+    metrics: Metrics | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 130 after Ctrl-C and 143 after SIGTERM."""
+        return 0 if self.interrupted_by is None else 128 + self.interrupted_by
