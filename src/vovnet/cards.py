@@ -103,7 +103,7 @@ def _hub_result(config: ModelConfig) -> dict[str, Any]:
     split, figures = _measured(config) or ("", {})
     data = _data(config) or "unknown"
     metrics = [
-        {"type": kind, "name": name, "value": figures[key]}
+        {"type": kind, "name": name, "value": round(figures[key], 6)}
         for key, kind, name in (
             ("top1", "accuracy", "Top-1 accuracy"),
             ("top5", "top_5_accuracy", "Top-5 accuracy"),

@@ -4,7 +4,7 @@ resizing), one cycle of the learning rate, averaged weights.
 Command: vovnet train --task classify --recipe fast --data DIR --max-minutes 10
 """
 
-from vovnet.training.config import Recipe, TrainConfig
+from vovnet.training.config import OWN_SOURCE, Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -40,6 +40,6 @@ RECIPES = (
         name="fast",
         config=config(),
         data="own pictures, a folder for each class",
-        source="this project",
+        source=OWN_SOURCE,
     ),
 )

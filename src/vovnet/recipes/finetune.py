@@ -3,7 +3,7 @@
 Command: vovnet train --recipe finetune --pretrained --data DIR
 """
 
-from vovnet.training.config import Recipe, TrainConfig
+from vovnet.training.config import OWN_SOURCE, Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -39,7 +39,7 @@ RECIPES = (
         name="finetune",
         config=config(),
         data="own pictures, a folder for each class",
-        source="this project",
+        source=OWN_SOURCE,
         needs_weights=True,
     ),
 )

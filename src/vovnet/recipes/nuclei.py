@@ -3,7 +3,7 @@
 Command: vovnet train --recipe nuclei --data DIR
 """
 
-from vovnet.training.config import Recipe, TrainConfig
+from vovnet.training.config import OWN_SOURCE, Recipe, TrainConfig
 
 
 def config() -> TrainConfig:
@@ -52,7 +52,7 @@ RECIPES = (
         name="nuclei",
         config=config(),
         data="nuclei in microscopy images",
-        source="this project",
+        source=OWN_SOURCE,
         notes=("The run behind the bundled model nuclei.",),
     ),
 )

@@ -16,6 +16,7 @@ DEFAULT_EPOCHS = 50.0
 DEFAULT_CLASSIFIER = "ese_vovnet19b_slim"
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_DEPTH = 20
+OWN_SOURCE = "this project"
 _RECIPES = Path(__file__).parent.parent / "recipes"
 # Of each group one is set; a layer that sets one replaces whichever a lower layer has set.
 _EXCLUSIVE = (
@@ -225,10 +226,13 @@ def check_task(config: TrainConfig, task: str) -> None:
 
 
 def list_recipes() -> list[Recipe]:
-    """The recipes that come with the library, by family and there in their tables' order."""
+    """The recipes that come with the library: first its own, for pictures that a user brings, then
+    the published ones by family, in their tables' order.
+    """
     modules = sorted(path.stem for path in _RECIPES.glob("*.py") if not path.stem.startswith("_"))
     families = [_lazy.load(f"vovnet.recipes.{module}:RECIPES") for module in modules]
-    return [recipe for family in families for recipe in cast(tuple[Recipe, ...], family)]
+    recipes = [recipe for family in families for recipe in cast(tuple[Recipe, ...], family)]
+    return sorted(recipes, key=lambda recipe: recipe.source != OWN_SOURCE)
 
 
 def find_recipe(name: str) -> Recipe:
