@@ -1,5 +1,6 @@
 """The profiler on small modules and folders, in few rounds."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from vovnet.profiling.target import (
     find_target,
     known_accuracy,
     load_module,
+    on_engines,
     parse_image_size,
     picture,
     recorded_accuracy,
@@ -247,6 +249,7 @@ def test_stages_are_timed_by_the_clock(model_folder: Path, tmp_path: Path) -> No
 def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"said: .*expected a model folder"):
         time_cold_start(
+            Predictor,
             tmp_path,
             tmp_path / "none.png",
             engine="torch",
@@ -255,6 +258,25 @@ def test_a_fresh_process_that_fails_says_why(tmp_path: Path) -> None:
             threads=1,
             runs=1,
         )
+
+
+def test_engines_are_compared_in_one_run(exported_classifier_folder: Path) -> None:
+    engines = ("torch", "openvino", "onnxruntime")
+    targets = on_engines([find_target(str(exported_classifier_folder))], engines)
+    settings = replace(
+        QUICK, image_sizes=((64, 64),), precisions=("auto",), end_to_end=True, cold_starts=1
+    )
+    found = profile_targets(targets, settings)
+    name = exported_classifier_folder.name
+    assert [model.name for model in found.models] == [f"{name} ({engine})" for engine in engines]
+    assert [model.results[0].engine for model in found.models] == list(engines)
+    assert [ratio.name for ratio in found.ratios] == [f"{name} ({one})" for one in engines[1:]]
+    peaks = [model.peak_memory_bytes for model in found.models]
+    if sys.platform == "linux":  # torch is not loaded where another engine runs
+        assert peaks[0] > max(peaks[1:]) > 30e6
+    assert all(model.cold_start.count == 1 for model in found.models)
+    with pytest.raises(ConfigError, match="engine: expected different engines, got torch, torch"):
+        on_engines(targets, ("torch", "torch"))
 
 
 def test_two_models_need_two_names() -> None:

@@ -30,6 +30,7 @@ from vovnet.profiling.target import (
     distinct,
     find_target,
     load_module,
+    on_engines,
     parse_image_size,
 )
 from vovnet.profiling.transition import transition_weights
@@ -40,7 +41,7 @@ BASELINE_SUFFIX = " (baseline)"
 
 def profile(
     models: Sequence[str],
-    engine: str,
+    engines: Sequence[str],
     device: str,
     batch_sizes: Sequence[int],
     image_sizes: Sequence[str],
@@ -68,7 +69,7 @@ def profile(
 ) -> int:
     """Profiles and reports; 4 when a figure rose over the baseline by more than is allowed."""
     settings = Settings(
-        engine=engine,
+        engine=engines[0],
         device=device,
         batch_sizes=tuple(batch_sizes) or (1,),
         image_sizes=tuple(map(parse_image_size, image_sizes)),
@@ -84,9 +85,9 @@ def profile(
         image=image,
     )
     allowed = parse_increase(max_increase)
-    targets = distinct([find_target(text) for text in models])
+    targets = on_engines(distinct([find_target(text) for text in models]), engines)
     if card:
-        _require_folders(targets)
+        _require_folders(targets, engines)
     stored, reference = None, None
     if baseline is not None and _is_folder(baseline):
         found = find_target(baseline)
@@ -97,7 +98,8 @@ def profile(
     kept = [Path(baseline)] if stored is not None and baseline is not None else []
     kept += [] if image is None else [image]
     _check_outputs(outputs, kept, [*targets, *([reference] if reference else [])])
-    check_settings(settings)
+    for engine in engines:
+        check_settings(replace(settings, engine=engine))
     if data_dir is not None:
         _check_data(data_dir, split, targets)
     accuracies = _accuracies(targets, data_dir, split, settings)
@@ -172,7 +174,9 @@ def _check_data(data_dir: Path, split: str, targets: Sequence[Target]) -> None:
         require_split(data_dir, split)
 
 
-def _require_folders(targets: Sequence[Target]) -> None:
+def _require_folders(targets: Sequence[Target], engines: Sequence[str]) -> None:
+    if len(engines) > 1:
+        raise ConfigError(f"update-card: expected one engine, got {', '.join(engines)}")
     for target in targets:
         if target.kind != "folder" or (target.path is not None and target.path.is_file()):
             raise ConfigError(f"update-card: expected a model folder, got {target.name}")
@@ -185,7 +189,11 @@ def _accuracies(
         return {}
     return {
         target.name: measure_accuracy(
-            target.path, data_dir, split=split, engine=settings.engine, device=settings.device
+            target.path,
+            data_dir,
+            split=split,
+            engine=target.engine or settings.engine,
+            device=settings.device,
         )
         for target in targets
         if target.kind == "folder" and target.path is not None

@@ -60,6 +60,8 @@ def _model_parts(model: ModelProfile, profile: Profile) -> list[str]:
         stages["fresh process to first result"] = model.cold_start
     if stages:
         rows = [[name, times.format()] for name, times in stages.items()]
+        if model.peak_memory_bytes is not None:
+            rows.append(["memory of that process", f"{model.peak_memory_bytes / 1e6:.0f} MB"])
         parts += [f"<h2>{escape(model.name)}: one image, file to results</h2>"]
         parts += [html_table(["stage", "time"], rows)]
     if model.layers:

@@ -100,7 +100,7 @@ def place_network(
         return whole, ()
     costs = layer_costs(report)
     modules = dict(network.module.named_modules())
-    prefix = "detector." if "detector" in modules else ""
+    prefix = next((f"{name}." for name in ("detector", "classifier") if name in modules), "")
     named = {name: modules[prefix + name] for name in costs if prefix + name in modules}
     device = torch.device(network.device)
     times_s = time_layers(network.run, named, device=device, rounds=rounds)

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
 from vovnet.images import read_image
 from vovnet.predict import Predictor
@@ -31,9 +33,9 @@ from vovnet.profiling.records import (
 from vovnet.profiling.roofline import DTYPES, Ceilings, cache_folder, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
 from vovnet.profiling.target import (
-    DEFAULT_SIDES,
     Network,
     Target,
+    default_side,
     known_accuracy,
     open_network,
     picture,
@@ -45,7 +47,7 @@ from vovnet.runtime.torch import choose_device
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What to measure; the sweep is every combination of the five tuples, its first one the main
-    point. Empty image_sizes: 224 for classifiers, 512 where a detector is among the targets.
+    point. Empty image_sizes: the largest `default_side` of the targets.
     """
 
     engine: str = "auto"
@@ -212,7 +214,7 @@ def measure_point(
             networks[target.name] = open_network(
                 target,
                 _own_point(target, point),
-                engine=settings.engine,
+                engine=target.engine or settings.engine,
                 device=settings.device,
                 image=settings.image,
             )
@@ -234,7 +236,7 @@ def measure_point(
 
 def sweep(targets: Sequence[Target], settings: Settings) -> list[Point]:
     """Every combination of batch size, image size, threads, precision and layout, in that order."""
-    side = max((DEFAULT_SIDES.get(target.task, 224) for target in targets), default=224)
+    side = max(map(default_side, targets))
     sizes = settings.image_sizes or ((side, side),)
     combinations = product(
         settings.batch_sizes, sizes, settings.threads, settings.precisions, settings.layouts
@@ -375,7 +377,7 @@ def _model_profile(
         whole, layers = place_network(
             target, results[0], network, ceilings=ceilings, rounds=settings.layer_rounds
         )
-    stages, cold_start = _end_to_end(target, results[0], settings)
+    stages, cold_start, peak_memory_bytes = _end_to_end(target, results[0], settings)
     return ModelProfile(
         name=target.name,
         kind=target.kind,
@@ -385,6 +387,7 @@ def _model_profile(
         results=results,
         stages=stages,
         cold_start=cold_start,
+        peak_memory_bytes=peak_memory_bytes,
         whole=whole,
         layers=layers,
         layer_rounds=settings.layer_rounds if layers else 0,
@@ -410,20 +413,24 @@ def _notes(result: PointResult, layers: Sequence[Placement]) -> tuple[str, ...]:
 
 def _end_to_end(
     target: Target, result: PointResult, settings: Settings
-) -> tuple[dict[str, Timings], Timings | None]:
-    detects = target.kind == "folder" and target.task != "classify"
-    if not settings.end_to_end or not detects or target.path is None or result.timings is None:
-        return {}, None
-    options = {
+) -> tuple[dict[str, Timings], Timings | None, int | None]:
+    """Times of the stages and of fresh processes, and the memory of one."""
+    runs = target.kind == "folder" and target.path is not None and result.timings is not None
+    if not settings.end_to_end or not runs or target.path is None:
+        return {}, None, None
+    options: dict[str, Any] = {
         "engine": result.engine,
         "precision": result.point.precision,
         "device": result.device,
         "threads": result.point.threads,
     }
+    kind = Classifier if target.task == "classify" else Predictor
     with image_file(settings.image, picture(result.point, None)) as path:
-        predictor = Predictor.load(target.path, **options)  # type: ignore[arg-type]
-        stages = time_stages(predictor, path, rounds=settings.sampling.min_rounds)
+        loaded = kind.load(target.path, **options)
+        if isinstance(loaded, Classifier) and not loaded.class_names:
+            return {}, None, None
+        stages = time_stages(loaded, path, rounds=settings.sampling.min_rounds)
         if settings.cold_starts < 1:
-            return stages, None
-        cold = time_cold_start(target.path, path, runs=settings.cold_starts, **options)  # type: ignore[arg-type]
-    return stages, cold
+            return stages, None, None
+        cold = time_cold_start(kind, target.path, path, runs=settings.cold_starts, **options)
+    return stages, *cold

@@ -141,6 +141,8 @@ class ModelProfile:
     results: tuple[PointResult, ...] = ()
     stages: Mapping[str, Timings] = field(default_factory=dict)
     cold_start: Timings | None = None
+    peak_memory_bytes: int | None = None
+    """The most that a fresh process held up to its first result."""
     whole: Placement | None = None
     layers: tuple[Placement, ...] = ()
     layer_rounds: int = 0

@@ -220,6 +220,8 @@ def _print_model(model: ModelProfile, console: Console, style: box.Box | None, l
         stages["fresh process"] = model.cold_start
     if stages:
         rows = [[name, times.format()] for name, times in stages.items()]
+        if model.peak_memory_bytes is not None:
+            rows.append(["memory of that process", f"{model.peak_memory_bytes / 1e6:.0f} MB"])
         console.print(_table(["one image, file to results", "time"], rows, style))
     slowest = sorted(model.layers, key=lambda layer: layer.time_ms, reverse=True)[:layers]
     if not slowest:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
 from vovnet.images import read_image
 from vovnet.predict import Pixels, Predictor
@@ -19,16 +20,20 @@ from vovnet.profiling.latency import Clock, Timings, summary
 STAGES = ("decode", "preprocess", "network", "postprocess")
 WHOLE = "all stages"
 
+# Not ru_maxrss, which is never below the memory of the process that started this one.
 _FRESH_PROCESS = """
-import json, sys
-from vovnet.predict import Predictor
-folder, image, options = json.loads(sys.argv[1])
-Predictor.load(folder, **options)(image)
+import importlib, json, sys
+from pathlib import Path
+(module, name), model, image, options = json.loads(sys.argv[1])
+getattr(importlib.import_module(module), name).load(model, **options)(image)
+status = Path("/proc/self/status")
+lines = status.read_text().splitlines() if status.exists() else []
+print(next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0))
 """
 
 
 def time_stages(
-    predictor: Predictor,
+    predictor: Classifier | Predictor,
     image: Path,
     *,
     rounds: int = 30,
@@ -52,8 +57,11 @@ def time_stages(
         marks.append(clock())
         raw = predictor.engine.infer(images, sizes)
         marks.append(clock())
-        shapes = {"image_size": pixels.shape[:2], "resized_size": resized.shape[:2]}
-        predictor.postprocess(raw, 0, **shapes)
+        if isinstance(predictor, Classifier):
+            predictor.classifications(raw["logits"])
+        else:
+            shapes = {"image_size": pixels.shape[:2], "resized_size": resized.shape[:2]}
+            predictor.postprocess(raw, 0, **shapes)
         marks.append(clock())
         if number >= warm_up:
             for values, start, end in zip(times_s.values(), marks, marks[1:], strict=False):
@@ -63,7 +71,8 @@ def time_stages(
 
 
 def time_cold_start(
-    folder: Path,
+    kind: type[Classifier] | type[Predictor],
+    model: Path,
     image: Path,
     *,
     engine: str,
@@ -71,15 +80,17 @@ def time_cold_start(
     device: str,
     threads: int | None,
     runs: int = 3,
-) -> Timings:
-    """Times from starting a fresh Python process to the end of it with one result of `image`.
+) -> tuple[Timings, int | None]:
+    """Times from starting a fresh Python process to the end of it with one result of `image`, and
+    the most bytes of memory that one held; None where the system does not say.
 
     The first run may find the files in no cache; that is part of the spread.
     Raises ConfigError with what the process said when it fails.
     """
     options = {"engine": engine, "precision": precision, "device": device, "threads": threads}
-    arguments = json.dumps([str(folder.resolve()), str(image.resolve()), options])
-    times_s = []
+    place = (kind.__module__, kind.__name__)
+    arguments = json.dumps([place, str(model.resolve()), str(image.resolve()), options])
+    times_s, peaks = [], []
     for _ in range(runs):
         start_s = time.perf_counter()
         done = subprocess.run(
@@ -91,8 +102,9 @@ def time_cold_start(
         times_s.append(time.perf_counter() - start_s)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["nothing"]
-            raise ConfigError(f"{folder}: expected a first result, the process said: {said[-1]}")
-    return summary(times_s)
+            raise ConfigError(f"{model}: expected a first result, the process said: {said[-1]}")
+        peaks.append(int(done.stdout.split()[-1]))
+    return summary(times_s), max(peaks) or None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vovnet.model_folder import ModelConfig, bundled_models, load_config, resolv
 from vovnet.models.deploy import fold_batch_norms
 from vovnet.models.zoo import create_model, list_models, task_of
 from vovnet.predict import Predictor
+from vovnet.preprocess import Preprocess
 from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
 from vovnet.published import PUBLISHED, find_published
@@ -33,7 +34,7 @@ _MAX_DIGITS = 9
 @dataclass(frozen=True, slots=True)
 class Target:
     """One thing to profile; `path` of a folder or file, `module` and `inputs` where Python gave
-    them.
+    them; `engine` where it is another than the run's.
     """
 
     name: str
@@ -42,6 +43,23 @@ class Target:
     path: Path | None = None
     module: nn.Module | None = None
     inputs: tuple[Tensor, ...] = ()
+    engine: str = ""
+
+
+def on_engines(targets: Sequence[Target], engines: Sequence[str]) -> list[Target]:
+    """Each target on each engine, so that one run compares them; raises ConfigError on one twice.
+
+    Their names say which, where there are several.
+    """
+    if len(set(engines)) < len(engines):
+        raise ConfigError(f"engine: expected different engines, got {', '.join(engines)}")
+    if len(engines) < 2:
+        return [replace(target, engine=engine) for target in targets for engine in engines]
+    return [
+        replace(target, name=f"{target.name} ({engine})", engine=engine)
+        for target in targets
+        for engine in engines
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +126,14 @@ def distinct(targets: Sequence[Target]) -> list[Target]:
     return renamed
 
 
+def default_side(target: Target) -> int:
+    """Of the square images that a target is profiled on, in pixels: a trained classifier's own."""
+    if target.kind == "folder" and target.task == "classify" and target.path is not None:
+        crop = Preprocess.from_dict(load_config(target.path).preprocess).crop_size
+        return crop or DEFAULT_SIDES["classify"]
+    return DEFAULT_SIDES.get(target.task, DEFAULT_SIDES["classify"])
+
+
 def parse_image_size(text: str) -> tuple[int, int]:
     """Height and width of SIDE or HEIGHTxWIDTH, in pixels; raises ConfigError."""
     parts = text.lower().split("x")
@@ -145,10 +171,10 @@ def open_network(
 ) -> Network:
     """A target ready to run at a point of a sweep.
 
-    A detector's folder runs on an engine, its whole graph with detections; anything else through
-    torch: an architecture's detector without its second stage, whose cost depends on what trained
-    weights find. The batch holds `image` or random pixels. Raises ConfigError on what the device
-    or engine cannot do.
+    A folder runs on an engine as `predict` runs it, a detector's graph with its detections;
+    anything else through torch: an architecture's detector without its second stage, whose cost
+    depends on what trained weights find. The batch holds `image` or random pixels. Raises
+    ConfigError on what the device or engine cannot do.
     """
     if point.layout not in LAYOUTS:
         raise ConfigError(f"layout: expected {' or '.join(LAYOUTS)}, got {point.layout!r}")
@@ -156,7 +182,7 @@ def open_network(
         set_threads(point.threads)
     if target.kind == "onnx":
         return _open_onnx(target, point)
-    if target.kind == "folder" and (target.task != "classify" or runs_exported(target, engine)):
+    if target.kind == "folder":
         return _open_folder(target, point, engine=engine, device=device, image=image)
     if engine not in ("auto", "torch"):
         raise ConfigError(f"engine: expected torch for {target.name}, got {engine!r}")
@@ -164,12 +190,6 @@ def open_network(
     if target.module is None:
         fold_batch_norms(module)
     return open_module(module, _module_inputs(target, point), point, device=choose_device(device))
-
-
-def runs_exported(target: Target, engine: str) -> bool:
-    """Whether an exported file is run: the target itself, or what lies beside its weights."""
-    is_file = target.path is not None and target.path.is_file()
-    return target.kind == "folder" and (is_file or engine not in ("auto", "torch"))
 
 
 def open_module(
