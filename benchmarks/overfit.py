@@ -42,6 +42,8 @@ BACKBONES = {
     "mask_rcnn_lite": "ese_vovnet19b_slim_dw",
     "refinedet": "ese_vovnet19b_slim_dw",
     "dsod": "ese_vovnet19b_slim_dw",
+    "vovdet": "ese_vovnet19b_slim_dw",
+    "vovdet_seg": "ese_vovnet19b_slim_dw",
 }
 NUM_IMAGES = 8
 MAX_OBJECTS = 8

@@ -4,10 +4,7 @@ import csv
 import importlib
 import io
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,17 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vovnet.classify import Classifier
-from vovnet.errors import ConfigError, ImageError
+from vovnet.errors import ConfigError
 from vovnet.files import atomic_path, atomic_write_json, atomic_write_text
-from vovnet.images import count_pages, printable, read_image
+from vovnet.images import printable, read_image
+from vovnet.pages import Page, read_ahead
 
 RESULTS, LINES, TABLE = "results.json", "results.jsonl", "predictions.csv"
 FEATURE_SUFFIXES = (".npz", ".parquet")
 BATCH_SIZES = {"cpu": 8, "cuda": 64}
 """On a CPU larger batches leave its caches, on a GPU smaller ones leave it idle."""
 BATCHES_AHEAD = 2
-
-Page = tuple[Path, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,11 +85,17 @@ def classify_files(
     size = batch_size or BATCH_SIZES[classifier.engine.device.partition(":")[0]]
     report = ClassifyReport()
 
-    def fail(error: ImageError) -> None:
-        report.errors.append(str(error))
-        on_error(str(error))
+    preprocess = classifier.preprocess
+    min_side = preprocess.short_side if fast_decode else None
 
-    prepared = _prepared(classifier, paths, fast_decode, (BATCHES_AHEAD + 1) * size, fail)
+    def read(path: Path, page: int) -> NDArray[np.uint8]:
+        return preprocess.resize(read_image(path, page=page, min_side=min_side))
+
+    def fail(text: str) -> None:
+        report.errors.append(text)
+        on_error(text)
+
+    prepared = read_ahead(paths, read, ahead=(BATCHES_AHEAD + 1) * size, on_error=fail)
     try:
         while batch := list(islice(prepared, size)):
             done = _classify(classifier, batch, top, keep_embedding=features is not None)
@@ -144,58 +146,6 @@ def _check_wanted(classifier: Classifier, features: Path | None) -> None:
         raise ConfigError(f"features: expected a file, found the folder {features}")
     if features.suffix.lower() == ".parquet":
         _import_parquet()
-
-
-def _prepared(
-    classifier: Classifier,
-    paths: Sequence[Path],
-    fast_decode: bool,
-    ahead: int,
-    fail: Callable[[ImageError], None],
-) -> Generator[tuple[Page, NDArray[np.uint8]]]:
-    """Every readable page, resized, in order; at most `ahead` are decoded before they are asked
-    for.
-    """
-    preprocess = classifier.preprocess
-    min_side = preprocess.short_side if fast_decode else None
-
-    def decode(page: Page) -> NDArray[np.uint8]:
-        return preprocess.resize(read_image(page[0], page=page[1], min_side=min_side))
-
-    failed: Path | None = None
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        try:
-            for page, waiting in _submitted(pool, decode, paths, ahead):
-                try:
-                    if page[0] != failed:  # what follows in a broken file is not told again
-                        yield page, waiting.result()
-                except ImageError as error:
-                    failed = page[0]
-                    fail(error)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _submitted(
-    pool: ThreadPoolExecutor,
-    decode: Callable[[Page], NDArray[np.uint8]],
-    paths: Sequence[Path],
-    ahead: int,
-) -> Iterator[tuple[Page, Future[NDArray[np.uint8]]]]:
-    waiting: deque[tuple[Page, Future[NDArray[np.uint8]]]] = deque()
-    for path in paths:
-        for number in range(_count_pages(path)):
-            waiting.append(((path, number), pool.submit(decode, (path, number))))
-            if len(waiting) >= ahead:
-                yield waiting.popleft()
-    yield from waiting
-
-
-def _count_pages(path: Path) -> int:
-    try:
-        return count_pages(path)
-    except ImageError:
-        return 1  # reading it tells why
 
 
 def _classify(

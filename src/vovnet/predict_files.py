@@ -2,7 +2,8 @@
 
 import ctypes
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from PIL import Image
 
 from vovnet.augmented_predict import PLAIN, View, predict_augmented
 from vovnet.drawing import draw_detections
-from vovnet.errors import ImageError
 from vovnet.files import atomic_path, atomic_write_json, atomic_write_text
-from vovnet.images import count_pages, read_image
+from vovnet.images import read_image
+from vovnet.pages import read_ahead
 from vovnet.predict import Predictor
 from vovnet.results import Detections
 
 RESULTS, LINES = "results.json", "results.jsonl"
+_AHEAD = 2  # one in the network, the next on its way: pictures can be large
 _M_MMAP_THRESHOLD = -3
 
 
@@ -50,15 +52,26 @@ def predict_files(
     results.json holds COCO results, results.jsonl a line per image with its id, file, page and
     objects; with save_pictures each image is drawn as PNG. tile and overlap in pixels (see
     Predictor.tiled); tile None looks at the whole image at once, or in several views of which
-    predict_augmented merges the detections. A file that cannot be read is
-    reported and passed over. Ctrl-C ends the run after what is done has been written.
+    predict_augmented merges the detections. Threads read the next file and draw the last picture
+    meanwhile. A file that cannot be read is reported and passed over. Ctrl-C ends the run after
+    what is done has been written.
     """
     report = FilesReport()
+
+    def fail(text: str) -> None:
+        report.errors.append(text)
+        on_error(text)
+
+    pages = read_ahead(
+        paths, lambda path, page: read_image(path, page=page), ahead=_AHEAD, on_error=fail
+    )
     coco: list[dict[str, Any]] = []
     lines: list[str] = []
     taken = {path.resolve() for path in paths}  # a picture never replaces what it was made from
+    drawn: Future[None] | None = None
+    drawing = ThreadPoolExecutor(1)
     try:
-        for path, page, image in _pages(paths, report, on_error):
+        for (path, page), image in pages:
             if tile is None:
                 limit = predictor.engine.max_detections
                 found = predict_augmented(predictor, image, views, max_detections=limit)
@@ -69,12 +82,19 @@ def predict_files(
             entry = {"image_id": report.images, "file": str(path), "page": page}
             lines.append(json.dumps(entry | found.to_json()))
             coco += found.to_coco(report.images, predictor.category_ids)
+            if drawn is not None:
+                drawn.result()
             if save_pictures:
-                save_picture(_free_name(output_dir, path, page, taken), image, found)
+                picture = _free_name(output_dir, path, page, taken)
+                drawn = drawing.submit(save_picture, picture, image, found)
             on_image(path, found)
+        if drawn is not None:
+            drawn.result()
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
+        pages.close()
+        drawing.shutdown()
         atomic_write_json(output_dir / RESULTS, coco, indent=None)
         atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
     return report
@@ -96,18 +116,6 @@ def save_picture(path: Path, image: NDArray[np.uint8], found: Detections) -> Non
     with atomic_path(path) as temporary:
         picture = Image.fromarray(draw_detections(image, found))
         picture.save(temporary, format="PNG", compress_level=1)
-
-
-def _pages(
-    paths: Sequence[Path], report: FilesReport, on_error: Callable[[str], None]
-) -> Iterator[tuple[Path, int, NDArray[np.uint8]]]:
-    for path in paths:
-        try:
-            for page in range(count_pages(path)):
-                yield path, page, read_image(path, page=page)
-        except ImageError as error:
-            report.errors.append(str(error))
-            on_error(str(error))
 
 
 def _free_name(output_dir: Path, path: Path, page: int, taken: set[Path]) -> Path:

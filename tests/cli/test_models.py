@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vovnet.cli import main as command_line
-from vovnet.cli.models import COSTS, DETECTOR_PARTS, count_parameters, describe
+from vovnet.cli.models import COSTS, DETECTOR_PARTS, SIZED_PARTS, count_parameters, describe
 from vovnet.models.vovnet import VARIANTS
 from vovnet.models.weights import PUBLISHED
-from vovnet.models.zoo import DETECTORS, create_model, list_models
+from vovnet.models.zoo import DETECTORS, SIZED, create_model, list_models
 from vovnet.profiling import count
 
 
@@ -24,6 +24,7 @@ def run(monkeypatch, *arguments: str) -> int:
 def test_every_model_has_its_costs() -> None:
     assert COSTS.keys() == VARIANTS.keys()
     assert DETECTOR_PARTS.keys() == DETECTORS.keys()
+    assert SIZED_PARTS.keys() == SIZED.keys()
     assert all(count_parameters(name) > 0 for name in list_models())
 
 
@@ -39,6 +40,13 @@ def test_the_costs_are_what_counting_gives(name: str) -> None:
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_the_parameters_of_detectors_are_what_counting_gives(kind: str, backbone: str) -> None:
     name = f"{kind}_{backbone}"
+    with torch.device("meta"):
+        model = create_model(name)
+    assert count_parameters(name) == count.count_parameters(model)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_the_parameters_of_sized_detectors_are_what_counting_gives(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
     assert count_parameters(name) == count.count_parameters(model)

@@ -12,9 +12,10 @@ from vovnet.models.dsod import DSOD
 from vovnet.models.fcos import FCOS
 from vovnet.models.rcnn import FasterRCNN, MaskRCNN
 from vovnet.models.refinedet import RefineDet
+from vovnet.models.vovdet import VovDet
 from vovnet.models.vovnet import VARIANTS
 from vovnet.models.weights import PUBLISHED, fetch_published, load_backbone, read_weights
-from vovnet.models.zoo import create_model, list_models, split_name, task_of
+from vovnet.models.zoo import SIZED, create_model, list_models, split_name, task_of
 from vovnet.profiling.count import count_parameters
 
 SMALL = "ese_vovnet19b_slim_dw"
@@ -22,8 +23,8 @@ SMALL = "ese_vovnet19b_slim_dw"
 
 def test_every_backbone_and_every_detector_can_be_built() -> None:
     detectors = list_models(f"*_{SMALL}")
-    assert len(list_models()) == len(VARIANTS) * (1 + len(detectors))
-    for name in [*VARIANTS, *detectors]:
+    assert len(list_models()) == len(VARIANTS) * (1 + len(detectors)) + len(SIZED)
+    for name in [*VARIANTS, *detectors, *SIZED]:
         with torch.device("meta"):
             model = create_model(name)
         has_masks = {"classify": None, "detect": False, "segment": True}
@@ -39,6 +40,8 @@ def test_every_backbone_and_every_detector_can_be_built() -> None:
         ("mask_rcnn_lite", MaskRCNN, [4, 8, 16, 32]),
         ("refinedet", RefineDet, [8, 16, 32]),
         ("dsod", DSOD, [8, 16]),
+        ("vovdet", VovDet, [8, 16, 32]),
+        ("vovdet_seg", VovDet, [8, 16, 32]),
     ],
 )
 def test_a_name_says_the_network(kind: str, network: type, strides: list[int]) -> None:
@@ -54,6 +57,7 @@ def test_listing_by_pattern_and_task() -> None:
     segmenters = list_models(task="segment")
     assert {split_name(name)[0] for name in segmenters} == {
         "centermask", "centermask_lite", "mask_rcnn", "mask_rcnn_lite",
+        "vovdet_seg", "vovdet_n_seg", "vovdet_s_seg", "vovdet_m_seg", "vovdet_l_seg",
     }  # fmt: skip
     assert list_models("no such model") == []
 

@@ -111,6 +111,8 @@ def test_every_family_is_there() -> None:
         "nuclei",
         "paper",
         "timm_ra",
+        "vovdet",
+        *(f"vovdet_{size}{suffix}_coco" for size in "nsml" for suffix in ("", "_seg")),
     }
 
 

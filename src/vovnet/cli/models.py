@@ -87,8 +87,22 @@ DETECTOR_PARTS: dict[str, tuple[int, int, int]] = {
     "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752),
     "refinedet": (34_708_548, 30_252_100, 30_252_100),
     "dsod": (10_910_188, 9_961_452, 9_961_452),
+    "vovdet": (2_055_072, 1_944_480, 1_944_480),
+    "vovdet_seg": (2_243_104, 2_132_512, 2_132_512),
 }
 """Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128."""
+
+SIZED_PARTS: dict[str, int] = {
+    "vovdet_n": 374_560,
+    "vovdet_s": 1_944_480,
+    "vovdet_m": 3_509_856,
+    "vovdet_l": 5_349_664,
+    "vovdet_n_seg": 398_752,
+    "vovdet_s_seg": 2_132_512,
+    "vovdet_m_seg": 3_834_208,
+    "vovdet_l_seg": 5_847_200,
+}
+"""The same of detectors whose name says the backbone too; VovDet's two heads are both in it."""
 
 _STAGE_2_WIDTHS = (256, 112, 128)
 
@@ -144,6 +158,8 @@ def count_parameters(name: str) -> int:
     unused = 1000 * (widths[-1] + 1)  # the classifier
     if kind == "dsod":
         unused += STAGE_5_PARAMETERS[backbone]
+    if kind in SIZED_PARTS:
+        return parameters - unused + SIZED_PARTS[kind]
     return parameters - unused + DETECTOR_PARTS[kind][_STAGE_2_WIDTHS.index(widths[0])]
 
 

@@ -34,6 +34,7 @@ from vovnet.models.roi import assign_levels, assign_levels_by_size
 from vovnet.models.rpn import DELTA_WEIGHTS as RPN_WEIGHTS
 from vovnet.models.rpn import STRIDES as RPN_STRIDES
 from vovnet.models.rpn import level_anchors
+from vovnet.models.vovdet import VovDet, VovDetConfig, best_candidates, finish_detections
 
 Found = dict[str, Tensor]
 
@@ -81,7 +82,11 @@ def _fcos(detector: FCOS | CenterMask, raw: Found, sizes: Tensor, min_score: Ten
 
 
 def _keep_per_class(
-    boxes_xyxy: Tensor, scores: Tensor, labels: Tensor, wanted: Tensor, config: FCOSConfig
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    wanted: Tensor,
+    config: FCOSConfig | VovDetConfig,
 ) -> Tensor:
     """Which candidates (B, N) no better one of their class overlaps."""
     classes = torch.arange(config.num_classes, device=labels.device)[None, :, None]
@@ -232,6 +237,22 @@ def _multibox(detector: RefineDet | DSOD, raw: Found, sizes: Tensor, min_score: 
     return found | {"boxes": clip_boxes(found["boxes"], sizes)}
 
 
+def _vovdet(detector: VovDet, raw: Found, sizes: Tensor, min_score: Tensor) -> Found:
+    """As VovDet.detect, whose one-to-one head leaves nothing to suppress."""
+    config = detector.config
+    if config.one_to_one:
+        count = config.max_detections
+        found = best_candidates(raw, sizes, config, count=count, min_score=min_score)
+        return finish_detections(raw, found)
+    count = config.pre_nms_top_k
+    found = best_candidates(raw, sizes, config, count=count, min_score=min_score)
+    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+    kept = _keep_per_class(boxes, scores, labels, found["valid"], config)
+    best = _best(boxes, scores, labels, kept, config.max_detections)
+    places = _best(boxes, scores, found["location"], kept, config.max_detections)["labels"]
+    return finish_detections(raw, best | {"location": places})
+
+
 def _best_of_groups(
     boxes_xyxy: Tensor, scores: Tensor, wanted: Tensor, threshold: float, count: int
 ) -> Found:
@@ -276,4 +297,5 @@ _FAMILIES: Mapping[type[nn.Module], Callable[[Any, Found, Tensor, Tensor], Found
     MaskRCNN: _mask_rcnn,
     RefineDet: _multibox,
     DSOD: _multibox,
+    VovDet: _vovdet,
 }

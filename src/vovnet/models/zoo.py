@@ -14,8 +14,10 @@ from vovnet.models.centermask import CenterMask, CenterMaskConfig, MaskHead, Mas
 from vovnet.models.dsod import DSOD, DSODConfig, DSODHead
 from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
 from vovnet.models.fpn import FPN, PooledFPN
-from vovnet.models.layers import resolve_indices
+from vovnet.models.layers import ConvKind, resolve_indices
 from vovnet.models.multibox import MultiboxConfig
+from vovnet.models.pan import OsaPan
+from vovnet.models.prototypes import PrototypeHead
 from vovnet.models.rcnn import (
     BoxHead,
     FasterRCNN,
@@ -27,11 +29,12 @@ from vovnet.models.rcnn import (
 from vovnet.models.refinedet import RefineDet, RefineDetConfig, RefineDetHead
 from vovnet.models.rpn import RPNHead
 from vovnet.models.settings import check_count, check_groups, check_settings
+from vovnet.models.vovdet import VovDet, VovDetConfig, VovDetHead, VovDetSegConfig
 from vovnet.models.vovnet import VARIANTS, VoVNet, VoVNetConfig, VoVNetFeatures
 from vovnet.models.weights import load_checkpoint, load_published, pretrained_cfg
 
 Task = Literal["classify", "detect", "segment"]
-DetectorConfig = FCOSConfig | RCNNConfig | MultiboxConfig
+DetectorConfig = FCOSConfig | RCNNConfig | MultiboxConfig | VovDetConfig
 
 DETECTORS: dict[str, DetectorConfig] = {
     "fcos": FCOSConfig(),
@@ -46,7 +49,25 @@ DETECTORS: dict[str, DetectorConfig] = {
     "mask_rcnn_lite": MaskRCNNConfig(neck_channels=128),
     "refinedet": RefineDetConfig(),
     "dsod": DSODConfig(),
+    "vovdet": VovDetConfig(),
+    "vovdet_seg": VovDetSegConfig(),
 }
+# Names of their own, without a backbone in them: VovDet in four sizes.
+_VOVDET_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "n": (
+        "ese_vovnet19b_slim_dw",
+        {"neck_channels": 64, "neck_conv_channels": 48, "depthwise": True},
+    ),
+    "s": ("ese_vovnet19b_slim", {"neck_channels": 96, "neck_conv_channels": 48}),
+    "m": ("ese_vovnet19b", {"neck_channels": 128, "neck_conv_channels": 64}),
+    "l": ("ese_vovnet39b", {"neck_channels": 160, "neck_conv_channels": 80}),
+}
+SIZED: dict[str, tuple[DetectorConfig, str]] = {
+    f"vovdet_{size}{suffix}": (replace(DETECTORS[f"vovdet{suffix}"], **widths), backbone)
+    for suffix in ("", "_seg")
+    for size, (backbone, widths) in _VOVDET_SIZES.items()
+}
+"""Detectors whose name says the backbone too."""
 _MAPS = 5  # of a backbone: the stem's and the four stages'
 
 
@@ -55,7 +76,7 @@ def list_models(pattern: str = "*", *, task: Task | None = None) -> list[str]:
     detectors = [f"{kind}_{backbone}" for kind in DETECTORS for backbone in VARIANTS]
     return [
         name
-        for name in [*VARIANTS, *detectors]
+        for name in [*VARIANTS, *detectors, *SIZED]
         if fnmatch(name, pattern) and task in (None, task_of(name))
     ]
 
@@ -65,17 +86,23 @@ def task_of(name: str) -> Task:
     kind, _ = split_name(name)
     if kind is None:
         return "classify"
-    return _FAMILIES[type(DETECTORS[kind])].task
+    return _FAMILIES[type(_config_of(kind))].task
+
+
+def _config_of(kind: str) -> DetectorConfig:
+    return SIZED[kind][0] if kind in SIZED else DETECTORS[kind]
 
 
 def split_name(name: str) -> tuple[str | None, str]:
     """Detector (None for a classifier) and backbone of a name; raises ConfigError on an unknown
-    one.
+    one. A detector of a fixed size, such as vovdet_n, is its own kind.
     """
     if not isinstance(name, str):
         raise ConfigError(f"model: expected a name, got {name!r}")
     if name in VARIANTS:
         return None, name
+    if name in SIZED:
+        return name, SIZED[name][1]
     for kind in DETECTORS:
         if name.startswith(f"{kind}_") and name.removeprefix(f"{kind}_") in VARIANTS:
             return kind, name.removeprefix(f"{kind}_")
@@ -133,7 +160,7 @@ def create_model(
         if output_stride != 32:
             raise ConfigError(f"output_stride: expected 32 in a detector, got {output_stride!r}")
         model = _build_detector(
-            DETECTORS[kind], settings, backbone_config, num_classes, in_chans, drop_path_rate
+            _config_of(kind), settings, backbone_config, num_classes, in_chans, drop_path_rate
         )
         loaded_backbone: VoVNet = model.backbone  # type: ignore[assignment]
     else:
@@ -272,6 +299,21 @@ def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
     return DSOD(backbone, DSODHead(backbone.feature_info.channels(), config), config)
 
 
+def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
+    conv: ConvKind = "depthwise" if config.depthwise else "plain"
+    neck = OsaPan(
+        backbone.feature_info.channels(),
+        out_channels=config.neck_channels,
+        conv_channels=config.neck_conv_channels,
+        layers=config.neck_layers,
+        conv=conv,
+    )
+    prototypes = None
+    if isinstance(config, VovDetSegConfig):
+        prototypes = PrototypeHead(config.neck_channels, config.prototypes, conv=conv)
+    return VovDet(backbone, neck, VovDetHead(config), VovDetHead(config), prototypes, config)
+
+
 @dataclass(frozen=True, slots=True)
 class _Family:
     task: Task
@@ -289,4 +331,6 @@ _FAMILIES: dict[type[DetectorConfig], _Family] = {
     MaskRCNNConfig: _Family("segment", _STAGES_2_TO_5, _build_mask_rcnn),
     RefineDetConfig: _Family("detect", _STAGES_3_TO_5, _build_refinedet),
     DSODConfig: _Family("detect", _STAGES_3_TO_4, _build_dsod),
+    VovDetConfig: _Family("detect", _STAGES_3_TO_5, _build_vovdet),
+    VovDetSegConfig: _Family("segment", _STAGES_3_TO_5, _build_vovdet),
 }

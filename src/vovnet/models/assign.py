@@ -1,0 +1,113 @@
+"""Task-aligned assignment (Feng et al. 2021, TOOD): each object takes the locations that predict it
+best, in class and box together.
+
+Shapes: A locations of one image, C classes, N objects, k locations of an object.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from vovnet.models.boxes import Target
+
+_CHUNK = 64  # objects looked at together: A x 64 overlaps are in memory, never A x N
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What the locations of one image have to predict."""
+
+    owner: Tensor  # (A,) int64, the object of each location; -1: none
+    quality: Tensor  # (A,) in 0..1, what the score of the owner's class is to be
+
+
+@dataclass(frozen=True, slots=True)
+class _Picks:
+    """The best locations of each object, all (N, k)."""
+
+    location: Tensor
+    metric: Tensor  # below 0: no candidate
+    iou: Tensor
+
+
+@torch.no_grad()
+def assign_aligned(
+    scores: Tensor,
+    boxes_xyxy: Tensor,
+    points: Tensor,
+    usable: Tensor,
+    target: Target,
+    *,
+    count: int,
+    alpha: float,
+    beta: float,
+    least_side: float,
+) -> Alignment:
+    """Matches locations (A,) with class scores (A, C) in 0..1 and predicted boxes (A, 4) to the
+    objects of one image.
+
+    An object takes the `count` usable locations with the highest score^alpha * IoU^beta among those
+    whose points (A, 2) lie in its box, which counts as least_side pixels wide and high at least. A
+    location that several take goes to the one with the highest IoU. The quality is the metric,
+    scaled so that the highest of each object is its highest IoU (TOOD, equation 5).
+    """
+    starts = range(0, len(target.boxes_xyxy), _CHUNK)
+    if not starts:
+        return Alignment(
+            torch.full_like(usable, -1, dtype=torch.int64), torch.zeros_like(scores[:, 0])
+        )
+    count = min(count, len(points))
+    chunks = []
+    for start in starts:
+        truth = target.boxes_xyxy[start : start + _CHUNK].to(boxes_xyxy)
+        labels = target.labels[start : start + _CHUNK]
+        iou = box_iou(truth, boxes_xyxy).nan_to_num()  # (n, A)
+        metric = scores[:, labels].t() ** alpha * iou**beta
+        candidate = usable & _contain(truth, points.to(truth), least_side)
+        best, location = metric.masked_fill(~candidate, -1.0).topk(count, dim=1)
+        chunks.append(_Picks(location, best, iou.gather(1, location)))
+    return _settle(
+        _Picks(
+            torch.cat([one.location for one in chunks]),
+            torch.cat([one.metric for one in chunks]),
+            torch.cat([one.iou for one in chunks]),
+        ),
+        len(points),
+    )
+
+
+def _contain(boxes_xyxy: Tensor, points: Tensor, least_side: float) -> Tensor:
+    """Whether each box (n, 4), grown to least_side pixels, holds each point (A, 2): (n, A)."""
+    centers = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    reach = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=least_side / 2)
+    return ((points[None] - centers[:, None]).abs() <= reach[:, None]).all(2)
+
+
+def _settle(picks: _Picks, count: int) -> Alignment:
+    """Gives each of `count` locations to the taker with the highest IoU, of equals the first."""
+    nobody, k = picks.location.shape
+    objects = torch.arange(nobody, device=picks.location.device)[:, None].expand(-1, k)
+    taken = picks.metric >= 0
+    highest = picks.iou.new_zeros(count).scatter_reduce(
+        0, picks.location[taken], picks.iou[taken], "amax"
+    )
+    wins = taken & (picks.iou == highest[picks.location])
+    owner = torch.full((count,), nobody, device=objects.device).scatter_reduce(
+        0, picks.location[wins], objects[wins], "amin"
+    )
+    own = wins & (owner[picks.location] == objects)
+    metric = picks.metric.where(own, 0.0)
+    best_iou = picks.iou.where(own, 0.0).amax(1, keepdim=True)
+    scaled = (metric / metric.amax(1, keepdim=True)).nan_to_num() * best_iou
+    quality = picks.iou.new_zeros(count)
+    quality[picks.location[own]] = scaled[own]
+    return Alignment(owner.masked_fill(owner == nobody, -1), quality)
+
+
+def in_regions(points: Tensor, regions_xyxy: Tensor) -> Tensor:
+    """Which points (A, 2) lie in any of M regions (M, 4): (A,) bool."""
+    x, y = points[:, :, None].unbind(1)  # (A, 1)
+    x0, y0, x1, y1 = regions_xyxy.unbind(1)
+    return ((x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)

@@ -1,0 +1,442 @@
+"""VovDet: an anchor-free detector and instance segmenter of our own that needs no suppression.
+
+Two heads learn together on one neck (Wang et al. 2024, YOLOv10): one gives each object many
+locations and teaches the network, one gives it a single location and finds the objects. Both are
+decoupled heads with distributions of the four distances (Li et al. 2020, GFL), matched by task
+alignment (Feng et al. 2021, TOOD). Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
+
+Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, C classes, N bins of a
+distance, P prototypes, M regions, K kept detections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import generalized_box_iou_loss
+
+from vovnet.models.assign import Alignment, assign_aligned, in_regions
+from vovnet.models.boxes import (
+    Target,
+    class_wise_nms,
+    clip_boxes,
+    distances_to_boxes,
+    grid_points,
+    pad_rows,
+)
+from vovnet.models.layers import (
+    ConvKind,
+    flatten_anchors,
+    init_weights,
+    make_conv3x3,
+)
+from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
+from vovnet.models.prototypes import MASK_SIZE, combine_prototypes, grow_boxes
+
+STRIDES = (8, 16, 32)
+LEVELS = ("p3", "p4", "p5")
+_UNLIKELY = -1e4  # a logit whose probability is exactly 0
+_TINY_BOX = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VovDetConfig:
+    """The settings of VovDet.
+
+    Boxes reach box_bins - 1 strides from their location: 480 pixels with 16 bins on stride 32.
+    """
+
+    num_classes: int = 80
+    neck_channels: int = 96
+    neck_conv_channels: int = 48  # of the 3x3 convolutions in the neck's OSA blocks
+    neck_layers: int = 3  # of these in a block
+    depthwise: bool = False  # neck and box towers; class towers always are
+    tower_convs: int = 2
+    box_bins: int = 16
+    one_to_one: bool = True  # which head detects; the other one needs suppression
+    alignment_alpha: float = 0.5  # power of the score
+    alignment_beta: float = 6.0  # power of the IoU
+    locations_per_object: int = 10  # of the one-to-many head
+    focal_gamma: float = 2.0
+    cls_weight: float = 1.0  # of the losses
+    box_weight: float = 2.0
+    distribution_weight: float = 0.5
+    score_threshold: float = 0.001
+    min_score: float = 0.0  # a second limit, which callers set to what they show
+    pre_nms_top_k: int = 1000  # where one_to_one is false
+    nms_threshold: float = 0.65
+    max_detections: int = 100  # K
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VovDetSegConfig(VovDetConfig):
+    """The settings of VovDet with masks."""
+
+    prototypes: int = 32
+    mask_samples: int = 64  # locations per image that the mask losses look at, drawn at random
+    mask_weight: float = 1.0
+
+
+class LevelHead(nn.Module):
+    """The predictions of one level; the class tower is depthwise, as light as YOLOv10's."""
+
+    def __init__(self, config: VovDetConfig) -> None:
+        super().__init__()
+        channels = config.neck_channels
+        conv: ConvKind = "depthwise" if config.depthwise else "plain"
+        self.cls_tower = _make_tower("depthwise", channels, config.tower_convs)
+        self.box_tower = _make_tower(conv, channels, config.tower_convs)
+        self.logits = nn.Conv2d(channels, config.num_classes, 1)
+        self.distribution = nn.Conv2d(channels, 4 * config.box_bins, 1)
+        prototypes = config.prototypes if isinstance(config, VovDetSegConfig) else 0
+        self.coefficients = nn.Conv2d(channels, prototypes, 1) if prototypes else None
+        self.apply(init_weights)
+        for predictor in (self.logits, self.distribution):
+            nn.init.normal_(predictor.weight, std=0.01)
+        nn.init.constant_(self.logits.bias, -log((1 - 0.01) / 0.01))  # type: ignore[arg-type]
+
+    def forward(self, feature: Tensor) -> dict[str, Tensor]:
+        box_feature = self.box_tower(feature)
+        logits = self.logits(self.cls_tower(feature))
+        distribution = self.distribution(box_feature)
+        found = {
+            "logits": flatten_anchors(logits, logits.shape[1]),
+            "distributions": flatten_anchors(distribution, distribution.shape[1]),
+        }
+        if self.coefficients is not None:
+            coefficients = self.coefficients(box_feature)
+            found["coefficients"] = flatten_anchors(coefficients, coefficients.shape[1])
+        return found
+
+
+def _make_tower(conv: ConvKind, channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(make_conv3x3(conv, channels, channels, stride=1, norm="bn") for _ in range(count))
+    )
+
+
+class VovDetHead(nn.Module):
+    """A LevelHead for each stride."""
+
+    def __init__(self, config: VovDetConfig) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(LevelHead(config) for _ in STRIDES)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
+        """logits (B, L, C), distributions (B, L, 4 * N) as logits; with masks coefficients
+        (B, L, P).
+        """
+        levels = [head(feature) for head, feature in zip(self.levels, pyramid, strict=True)]
+        return {name: torch.cat([one[name] for one in levels], dim=1) for name in levels[0]}
+
+
+class VovDet(nn.Module):
+    """Backbone, neck, two heads, and prototypes where it has masks. Input (B, 3, H, W) float,
+    normalised and zero-padded to multiples of 32.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module,
+        many_head: nn.Module,
+        one_head: nn.Module,
+        prototype_head: nn.Module | None,
+        config: VovDetConfig,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.many_head = many_head
+        self.one_head = one_head
+        self.prototype_head = prototype_head
+        self.config = config
+        self.has_masks = prototype_head is not None
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Raw outputs: those of the head that detects, the pyramid as p3 to p5 (B, neck_channels,
+        H_l, W_l), and with masks prototypes (B, P, H / 4, W / 4).
+        """
+        pyramid = self.neck(self.backbone(images))
+        detect = self._one_to_one if self.config.one_to_one else self.many_head
+        raw: dict[str, Tensor] = detect(pyramid) | dict(zip(LEVELS, pyramid, strict=True))
+        if self.prototype_head is not None:
+            raw["prototypes"] = self.prototype_head(pyramid[0])
+        return raw
+
+    def _one_to_one(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
+        """It learns from the features, and teaches them nothing (YOLOv10, section 3.1)."""
+        detached = [feature.detach() for feature in pyramid]
+        return self.one_head(detached)  # type: ignore[no-any-return]
+
+    def loss(
+        self, raw: dict[str, Tensor], targets: Sequence[Target], sizes: Tensor
+    ) -> dict[str, Tensor]:
+        """loss_cls, loss_box, loss_distribution, with masks loss_mask, of the one-to-many head, and
+        the same as loss_one_... of the other; locations beyond sizes (B, 2), height and width, take
+        no part.
+        """
+        config, pyramid = self.config, [raw[level] for level in LEVELS]
+        shared = {name: raw[name] for name in ("prototypes", *LEVELS) if name in raw}
+        if config.one_to_one:
+            many, one = self.many_head(pyramid), raw
+        else:
+            many, one = raw, self._one_to_one(pyramid)
+        own = {name: value.detach() for name, value in shared.items()}
+        losses = head_losses(
+            many | shared, targets, sizes, config, locations=config.locations_per_object
+        )
+        single = head_losses(one | own, targets, sizes, config, locations=1)
+        return losses | {f"loss_one_{name[5:]}": value for name, value in single.items()}
+
+    def detect(self, raw: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
+        """boxes (B, K, 4) in input pixels, cut at the image; scores, labels, valid (B, K), best
+        first; with masks mask_probs (B, K, 28, 28) and mask_scores (B, K), the scores.
+        """
+        config = self.config
+        if config.one_to_one:
+            found = best_candidates(
+                raw, sizes, config, count=config.max_detections, min_score=config.min_score
+            )
+        else:
+            found = suppress_candidates(raw, sizes, config)
+        return finish_detections(raw, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Locations:
+    """The locations of all levels in input pixels."""
+
+    points: Tensor  # (L, 2) x, y
+    strides: Tensor  # (L, 1)
+
+
+def locate(raw: dict[str, Tensor]) -> Locations:
+    """The locations of raw outputs, in the order of their logits."""
+    points, strides = [], []
+    for level, stride in zip(LEVELS, STRIDES, strict=True):
+        feature = raw[level]
+        one = grid_points(feature.shape[-2], feature.shape[-1], stride, feature.device)
+        points.append(one.to(raw["logits"].dtype))
+        strides.append(torch.full_like(points[-1][:, :1], stride))
+    return Locations(torch.cat(points), torch.cat(strides))
+
+
+def decode_distributions(distributions: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+    """Boxes (..., 4) whose distances from points (..., 2) are the means of distributions
+    (..., 4 * N), logits, in strides (..., 1).
+    """
+    shares = distributions.unflatten(-1, (4, -1)).softmax(-1)
+    bins = torch.arange(shares.shape[-1], dtype=shares.dtype, device=shares.device)
+    return distances_to_boxes(points, (shares * bins).sum(-1) * strides)
+
+
+def _inside(points: Tensor, sizes: Tensor) -> Tensor:
+    """Which points (L, 2) are in each image (B, L); sizes (B, 2) height and width."""
+    return (points[None] < sizes.flip(1)[:, None]).all(2)
+
+
+def head_losses(
+    raw: dict[str, Tensor],
+    targets: Sequence[Target],
+    sizes: Tensor,
+    config: VovDetConfig,
+    *,
+    locations: int,
+) -> dict[str, Tensor]:
+    """The weighted losses of one head, each a sum over the batch divided by the sum of qualities.
+
+    An object has at most `locations` of its own. Background in a crowd region teaches nothing.
+    """
+    where = locate(raw)
+    logits, distributions = raw["logits"], raw["distributions"]
+    boxes = decode_distributions(distributions, where.points, where.strides)  # (B, L, 4)
+    usable = _inside(where.points, sizes)
+    scores = logits.detach().sigmoid()
+    aligned = [
+        assign_aligned(
+            scores[image],
+            boxes[image].detach(),
+            where.points,
+            usable[image],
+            target,
+            count=locations,
+            alpha=config.alignment_alpha,
+            beta=config.alignment_beta,
+            least_side=STRIDES[0],
+        )
+        for image, target in enumerate(targets)
+    ]
+    quality = torch.stack([one.quality for one in aligned])  # (B, L)
+    total = quality.sum().clamp(min=1)
+    counted = usable & ~_crowded(where.points, aligned, targets)
+    wanted = _wanted_scores(logits, aligned, targets)
+    focal = quality_focal_loss(logits, wanted, gamma=config.focal_gamma).sum(2)
+    positive = torch.stack([one.owner >= 0 for one in aligned])
+    box, distribution = _box_losses(raw, boxes, positive, aligned, targets, where)
+    weight = quality[positive] / total
+    losses = {
+        "loss_cls": config.cls_weight * focal.masked_fill(~counted, 0).sum() / total,
+        "loss_box": config.box_weight * (weight * box).sum(),
+        "loss_distribution": config.distribution_weight * (weight * distribution).sum(),
+    }
+    if isinstance(config, VovDetSegConfig):
+        losses["loss_mask"] = config.mask_weight * _mask_loss(raw, aligned, targets, config)
+    return losses
+
+
+def _crowded(points: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]) -> Tensor:
+    """Which background (B, L) lies in a crowd region."""
+    return torch.stack(
+        [
+            (one.owner < 0) & in_regions(points, target.ignore_xyxy.to(points))
+            for one, target in zip(aligned, targets, strict=True)
+        ]
+    )
+
+
+def _wanted_scores(
+    logits: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]
+) -> Tensor:
+    """The quality (B, L, C) at each location's class, 0 elsewhere."""
+    wanted = torch.zeros_like(logits)
+    for scores, one, target in zip(wanted, aligned, targets, strict=True):
+        location = torch.nonzero(one.owner >= 0)[:, 0]
+        labels = target.labels[one.owner[location]]
+        scores[location, labels] = one.quality[location].to(scores.dtype)
+    return wanted
+
+
+def _box_losses(
+    raw: dict[str, Tensor],
+    boxes: Tensor,
+    positive: Tensor,
+    aligned: Sequence[Alignment],
+    targets: Sequence[Target],
+    where: Locations,
+) -> tuple[Tensor, Tensor]:
+    """Generalised IoU loss and distribution focal loss, a mean of four, of each positive."""
+    owners = [one.owner[one.owner >= 0] for one in aligned]
+    truth = torch.cat([t.boxes_xyxy[n] for t, n in zip(targets, owners, strict=True)]).to(boxes)
+    location = torch.nonzero(positive)[:, 1]
+    points, strides = where.points[location], where.strides[location]
+    distances = torch.cat([points - truth[:, :2], truth[:, 2:] - points], dim=1) / strides
+    logits = raw["distributions"][positive].unflatten(1, (4, -1))
+    distribution = distribution_focal_loss(logits, distances).mean(1)
+    return generalized_box_iou_loss(boxes[positive], truth), distribution
+
+
+def _mask_loss(
+    raw: dict[str, Tensor],
+    aligned: Sequence[Alignment],
+    targets: Sequence[Target],
+    config: VovDetSegConfig,
+) -> Tensor:
+    """The mean mask loss of locations drawn from each image's positives."""
+    coefficients, rois, truth = [], [], []
+    for image, (one, target) in enumerate(zip(aligned, targets, strict=True)):
+        drawn = _draw(torch.nonzero(one.owner >= 0)[:, 0], config.mask_samples)
+        coefficients.append(raw["coefficients"][image, drawn])
+        regions = grow_boxes(target.boxes_xyxy[one.owner[drawn]].to(coefficients[-1].dtype))
+        rois.append(functional.pad(regions, (1, 0), value=image))
+        if len(drawn):
+            if target.masks is None:
+                raise ValueError(
+                    "VovDet's mask loss: expected masks in every target, got a target without"
+                )
+            truth.append(target.masks.rasterize(regions, one.owner[drawn], MASK_SIZE))
+    logits = combine_prototypes(raw["prototypes"], torch.cat(rois), torch.cat(coefficients))
+    if not truth:
+        return logits.sum()  # of nothing; keeps every parameter in the graph
+    return mask_loss(logits, torch.cat(truth).to(logits.dtype)).mean()
+
+
+def _draw(indices: Tensor, limit: int) -> Tensor:
+    return indices[torch.randperm(len(indices))[:limit].to(indices.device)]
+
+
+def best_candidates(
+    raw: dict[str, Tensor],
+    sizes: Tensor,
+    config: VovDetConfig,
+    *,
+    count: int,
+    min_score: float | Tensor,
+) -> dict[str, Tensor]:
+    """The `count` best pairs of location and class: boxes (B, count, 4), scores, labels, valid and
+    location (B, count), best first; what is not valid is zero.
+    """
+    where = locate(raw)
+    logits = raw["logits"]
+    usable = _inside(where.points, sizes)
+    # The best pairs are among the best locations, of which there are far fewer to sort.
+    highest = torch.where(usable, logits.amax(2), _UNLIKELY)
+    highest = functional.pad(highest, (0, count), value=_UNLIKELY)  # there are always enough
+    best, location = highest.topk(count)
+    location = torch.where(best > _UNLIKELY, location, 0)
+    rows = location[:, :, None]
+    chosen = logits.gather(1, rows.expand(-1, -1, logits.shape[2]))  # (B, count, C)
+    chosen = torch.where((best > _UNLIKELY)[:, :, None], chosen, _UNLIKELY)
+    values, pair = chosen.flatten(1).topk(count)
+    scores = values.sigmoid()
+    valid = (scores > config.score_threshold) & (scores >= min_score)
+    location = location.gather(1, pair // config.num_classes)
+    rows = location[:, :, None].expand(-1, -1, raw["distributions"].shape[2])
+    boxes = decode_distributions(
+        raw["distributions"].gather(1, rows), where.points[location], where.strides[location]
+    )
+    return {
+        "boxes": clip_boxes(boxes, sizes).float() * valid[:, :, None],
+        "scores": scores * valid,
+        "labels": pair % config.num_classes * valid,
+        "valid": valid,
+        "location": location * valid,
+    }
+
+
+def suppress_candidates(
+    raw: dict[str, Tensor], sizes: Tensor, config: VovDetConfig
+) -> dict[str, Tensor]:
+    """The max_detections best of best_candidates, none overlapping a better one of its class."""
+    found = best_candidates(
+        raw, sizes, config, count=config.pre_nms_top_k, min_score=config.min_score
+    )
+    kept = []
+    for image, valid in enumerate(found["valid"]):
+        candidates = torch.nonzero(valid)[:, 0]
+        best = class_wise_nms(
+            found["boxes"][image, candidates],
+            found["scores"][image, candidates],
+            found["labels"][image, candidates],
+            threshold=config.nms_threshold,
+            keep=config.max_detections,
+        )
+        kept.append(candidates[best])
+    return {
+        name: pad_rows([v[k] for v, k in zip(values, kept, strict=True)], config.max_detections)
+        for name, values in found.items()
+    }
+
+
+def finish_detections(raw: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Detections without their locations, and with their masks where raw has prototypes."""
+    location = found["location"]
+    found = {name: value for name, value in found.items() if name != "location"}
+    if "prototypes" not in raw:
+        return found
+    valid, boxes = found["valid"], found["boxes"]
+    tiny = boxes.new_tensor(_TINY_BOX)  # not every engine can pool a box without area
+    boxes = torch.where(valid[:, :, None], boxes, tiny).to(raw["prototypes"].dtype)
+    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
+    rois = torch.cat([images.expand(-1, boxes.shape[1], -1).to(boxes.dtype), boxes], dim=2)
+    rows = location[:, :, None].expand(-1, -1, raw["coefficients"].shape[2])
+    coefficients = raw["coefficients"].gather(1, rows).flatten(0, 1)
+    logits = combine_prototypes(raw["prototypes"], rois.flatten(0, 1), coefficients)
+    probabilities = logits.sigmoid().unflatten(0, (-1, boxes.shape[1]))
+    return found | {
+        "mask_probs": probabilities * valid[:, :, None, None],
+        "mask_scores": found["scores"],
+    }
