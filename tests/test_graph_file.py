@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from vovnet.errors import ConfigError
 from vovnet.graph_file import is_graph_file, read_metadata
-from vovnet.runtime.openvino import import_openvino
+from vovnet.runtime.openvino import import_openvino, openvino_core
 
 TEXT = '{"a": "<&\\"\'é\\n"}'
 
@@ -34,7 +34,7 @@ def test_onnx_metadata(tmp_path: Path) -> None:
 def test_openvino_metadata(tmp_path: Path) -> None:
     openvino = import_openvino()
     source = save_onnx(tmp_path / "a.onnx", vovnet_config=TEXT, vovnet_export="{}")
-    openvino.save_model(openvino.Core().read_model(source), tmp_path / "a.xml")
+    openvino.save_model(openvino_core().read_model(source), tmp_path / "a.xml")
     assert read_metadata(tmp_path / "a.xml") == {"vovnet_config": TEXT, "vovnet_export": "{}"}
 
 

@@ -17,6 +17,23 @@ BESIDE = {"openvino": (OPENVINO_FILE, ONNX_FILE), "onnxruntime": (ONNX_FILE,)}
 """Of each engine, the files in a model folder that it can run, the best first."""
 
 
+class Int8Info(BaseModel):
+    """What an export in eight bits was judged by; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    metric: Literal["top1", "box_ap", "mask_ap"]
+    accuracy: float
+    """0..1, as the other."""
+    float_accuracy: float
+    """Of the same network in fp32, on the same pictures."""
+    split: str
+    pictures: int
+    calibration_pictures: int
+    float_layers: list[str]
+    """Those left in float, because of their errors."""
+
+
 class ExportInfo(BaseModel):
     """What an export is of, beside the config that it carries; unknown keys are refused."""
 
@@ -26,8 +43,8 @@ class ExportInfo(BaseModel):
     weights_sha256: str
     """Of model.safetensors that the network was built from."""
     vovnet_version: str
-    precision: Literal["fp32", "fp16"]
-    """That the weights are stored in."""
+    precision: Literal["fp32", "fp16", "int8"]
+    """That the weights are stored in; int8: computed with, too."""
     raw: bool
     """The outputs are the network's own; no detections have been chosen."""
     inputs: list[str]
@@ -39,6 +56,8 @@ class ExportInfo(BaseModel):
     max_detections: int = 0
     """K, 0 of a classifier."""
     has_masks: bool = False
+    int8: Int8Info | None = None
+    """Of a file in eight bits."""
 
 
 def read_export_info(path: Path) -> ExportInfo:

@@ -140,7 +140,7 @@ def test_profile_takes_exported_files(
     ("options", "message"),
     [
         (("--format", "caffe"), "format: expected onnx or openvino, got 'caffe'"),
-        (("--precision", "fp8"), "precision: expected fp32 or fp16, got 'fp8'"),
+        (("--precision", "fp8"), "precision: expected fp32 or fp16 or int8, got 'fp8'"),
         (("--output", "model.xml"), "output: expected a .onnx file"),
         (("--raw",), "expected a detector for --raw"),
     ],

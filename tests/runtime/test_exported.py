@@ -16,7 +16,7 @@ from vovnet.exported import ONNX_FILE, OPENVINO_FILE
 from vovnet.files import atomic_write_text
 from vovnet.model_folder import CONFIG_FILE, WEIGHTS_FILE
 from vovnet.runtime.engine import load_engine
-from vovnet.runtime.openvino import import_openvino
+from vovnet.runtime.openvino import openvino_core
 
 WAYS = [
     (ONNX_FILE, "onnxruntime"),
@@ -115,6 +115,33 @@ def test_no_torch_no_network_nothing_written(
     assert sorted(path.parent.rglob("*")) == before
 
 
+SIGNALLED_PROCESS = """
+import os, signal, sys
+from pathlib import Path
+from vovnet.runtime.openvino import load
+
+def engine():
+    return load(Path(sys.argv[1]), precision="auto", device="cpu", threads=1, settings={})
+
+first, second = engine(), engine()
+del first
+del second
+signal.signal(signal.SIGTERM, lambda number, frame: print("noted"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_after_two_engines_have_ended(exported_classifier_folder: Path) -> None:
+    """With a Core for each engine it was a segmentation fault."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_PROCESS, str(exported_classifier_folder / OPENVINO_FILE)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "noted\n"), done.stderr
+
+
 def test_auto_takes_what_lies_beside_the_weights(
     exported_classifier_folder: Path, classifier_folder: Path
 ) -> None:
@@ -171,7 +198,7 @@ def test_wrong_arguments_say_what_was_expected(
 def test_a_precision_that_the_processor_lacks(
     exported_classifier_folder: Path,
 ) -> None:
-    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     file = exported_classifier_folder / OPENVINO_FILE
     for precision in ("bf16", "fp16"):
         if precision.upper() in capabilities:

@@ -30,12 +30,11 @@ DataFormat = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
 Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8 (exports).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[
     int | None, typer.Option(min=1, help="Objects per image; default: the model's own limit.")
 ]
-
 TestTimeViews = Annotated[
     str | None,
     typer.Option("--tta", help="Detector: merge further views, such as flip,0.8,1.25,flip*0.8."),
@@ -326,22 +325,23 @@ def predict(
 
 @app.command()
 def export(
-    model: Annotated[
-        str, typer.Argument(help="A model folder, a bundled model, or published ImageNet weights.")
-    ],
+    model: Annotated[str, typer.Argument(help="Folder, bundled model, or published weights.")],
     format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of stored weights: fp32 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 (weights) or int8.")] = "fp32",
     output: Annotated[
         Path | None, typer.Option(help="File; default: beside the weights, or in runs/export.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Detector: choose no detections.")] = False,
-    images: Annotated[
-        str | None, typer.Option(help="Pictures to compare on; default: made-up ones.")
-    ] = None,
+    images: Annotated[str | None, typer.Option(help="To compare on; default: made-up.")] = None,
     json: Json = False,
+    data: Annotated[Path | None, typer.Option(help="int8: data set, as for val.")] = None,
+    split: Annotated[str, typer.Option(help="int8: split that accuracy is held on.")] = "val",
+    calibration: Annotated[int, typer.Option(min=1, help="int8: train pictures for ranges.")] = 300,
+    max_drop: Annotated[float, typer.Option(min=0, help="int8: points it may lose.")] = 0.5,
 ) -> None:
     """Write a model as one ONNX or OpenVINO file, once it answers as torch does; else exit 4."""
-    _call("export", model, format, precision, output, raw, images, json)
+    int8 = (data, split, calibration, max_drop)
+    _call("export", model, format, precision, output, raw, images, json, int8)
 
 
 @app.command()
@@ -350,7 +350,9 @@ def profile(
         list[str],
         typer.Argument(help="Model folders, bundled models, architectures or .onnx files."),
     ],
-    engine: Annotated[str, typer.Option(help="auto, or the engine of model folders.")] = "auto",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="auto, or an engine of model folders; repeatable.")
+    ] = None,
     device: Device = "auto",
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.")] = None,
     image_size: Annotated[
@@ -407,7 +409,7 @@ def profile(
     sweep = (batch or [], image_size or [], threads or [], precision or [], layout or [])
     measured = (energy, end_to_end, cold_starts, roofline, new_ceilings, layers)
     outputs = (data, split, csv, html, update_card, baseline, max_increase, seed, json)
-    arguments = (models, engine, device, *sweep, source, rounds, max_seconds)
+    arguments = (models, engine or ["auto"], device, *sweep, source, rounds, max_seconds)
     _call("profile", *arguments, *measured, *outputs)
 
 

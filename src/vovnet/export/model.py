@@ -131,18 +131,18 @@ def export_model(
     try:
         written = folder / output.name
         expected = _write(source, written, format=format, precision=precision, raw=raw)
-        batches = make_batches(_preprocess(source), pictures)
+        batches = make_batches(preprocess_of(source), pictures)
         comparisons = tuple(_check(name, written, expected, batches, raw=raw) for name in engines)
         if any(one.problems for one in comparisons):
             return Export((), comparisons)
-        return Export(_move(written, output), comparisons)
+        return Export(move_files(written, output), comparisons)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(source: Source, path: Path, *, format: Format, precision: Precision, raw: bool) -> Run:
     """Writes the file; returns how torch runs the same weights."""
-    preprocess = _preprocess(source)
+    preprocess = preprocess_of(source)
     network = fuse_network(source.network, std=preprocess.std)
     if precision == "fp16":
         network = round_weights(network)
@@ -240,7 +240,8 @@ def _sides(preprocess: Preprocess, task: str) -> tuple[int, int] | None:
     return None
 
 
-def _preprocess(source: Source) -> Preprocess:
+def preprocess_of(source: Source) -> Preprocess:
+    """That of a network's pictures, with a classifier's left without padding."""
     preprocess = Preprocess.from_dict(source.config.preprocess)
     # In a pooled map padding would count.
     return replace(preprocess, size_divisor=1) if source.config.task == "classify" else preprocess
@@ -250,8 +251,10 @@ def _data_of(config: ModelConfig) -> dict[str, Any]:
     return {"data": config.training["data"]} if "data" in config.training else {}
 
 
-def _move(written: Path, output: Path) -> tuple[Path, ...]:
-    """Weights before the file that names them."""
+def move_files(written: Path, output: Path) -> tuple[Path, ...]:
+    """Puts a written file at `output`, and what belongs to it beside it, weights before the file
+    that names them; returns where they are.
+    """
     files = sorted(written.parent.glob(f"{written.stem}.*"), key=lambda file: file != written)
     for file in reversed(files):
         os.replace(file, output.with_name(file.name))

@@ -17,7 +17,7 @@ from vovnet.errors import ConfigError
 from vovnet.export.fuse import large_weights
 from vovnet.export.graph import ExportedClassifier, Graph
 from vovnet.export.suppress import onnx_functions
-from vovnet.runtime.openvino import import_openvino, read_model
+from vovnet.runtime.openvino import import_openvino, openvino_core, read_model
 
 OPSET = 20
 # Of a trace with open sizes: on every level more than one cell, and not square.
@@ -54,8 +54,8 @@ def write_openvino(onnx_file: Path, path: Path) -> None:
 
     By OpenVINO's reader, never its converter, which reports home.
     """
-    openvino = import_openvino()
-    openvino.save_model(read_model(openvino.Core(), onnx_file), str(path), compress_to_fp16=False)
+    model = read_model(openvino_core(), onnx_file)
+    import_openvino().save_model(model, str(path), compress_to_fp16=False)
 
 
 def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:

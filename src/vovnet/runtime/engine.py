@@ -16,7 +16,8 @@ from vovnet.model_folder import resolve_model
 from vovnet.published import find_published
 
 ENGINES = ("auto", *_lazy.ENGINES)
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+_OF_TORCH = ("torch", "torch-compile")
 _READERS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
 """Of each exported form, the engines that run it, the first choice first."""
 
@@ -62,7 +63,8 @@ def load_engine(
     exported file.
 
     engine `auto` is an exported file's own; of a folder an export that lies in it, where its engine
-    is installed and no GPU is asked for, else torch. precision `auto` is fp32. threads sets the CPU
+    is installed and no GPU is asked for, else torch. precision `auto` is fp32, or int8 of a file
+    that is quantised. threads sets the CPU
     threads. settings go over the folder's own settings of the network (min_score, max_detections).
     Raises ConfigError on an unknown engine, precision or device, on a folder that is not complete
     and right, and on an export of other weights than the folder's.
@@ -72,6 +74,11 @@ def load_engine(
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
     name, model, because = _choose(folder_or_name, engine, device)
+    if precision == "int8" and name in _OF_TORCH:
+        raise ConfigError(
+            f"precision: expected fp32, bf16 or fp16 for the engine torch, got 'int8'; `vovnet "
+            f"export {folder_or_name} --format openvino --precision int8` makes what runs in it"
+        )
     load = cast(Callable[..., Engine], _lazy.load(_lazy.ENGINES[name]))
     loaded = load(
         model, precision=precision, device=device, threads=threads, settings=settings or {}
@@ -83,12 +90,13 @@ def load_engine(
 def _choose(folder_or_name: str | Path, engine: str, device: str) -> tuple[str, str | Path, str]:
     """Engine, what it is to load, and why."""
     if find_published(folder_or_name) is not None:
-        if engine not in ("auto", "torch"):
+        if engine not in ("auto", *_OF_TORCH):
             raise ConfigError(
                 f"engine: expected torch for {folder_or_name}; for {engine} name a file that "
                 f"`vovnet export {folder_or_name}` wrote"
             )
-        return "torch", str(folder_or_name), "it runs published weights"
+        name = "torch" if engine == "auto" else engine
+        return name, str(folder_or_name), "it runs published weights"
     model = resolve_model(folder_or_name)
     if is_graph_file(model):
         return _choose_for_file(model, engine)
@@ -106,7 +114,7 @@ def _choose_for_file(file: Path, engine: str) -> tuple[str, Path, str]:
 
 
 def _choose_for_folder(folder: Path, engine: str, device: str) -> tuple[str, Path, str]:
-    if engine == "torch":
+    if engine in _OF_TORCH:
         return engine, folder, ""
     if engine == "auto":
         wanted = [name for name in BESIDE if device in ("auto", "cpu") and find_spec(name)]

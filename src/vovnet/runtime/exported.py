@@ -25,6 +25,7 @@ class ExportedFile:
     min_score: float  # detections below it are not looked for
     max_detections: int  # K; 0 of a classifier
     has_masks: bool
+    is_int8: bool  # quantised, whatever the rest computes in
 
     def feeds(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The file's inputs by name: images (B, H, W, 3) and, of a detector, sizes (B, 2) and
@@ -85,6 +86,7 @@ def open_exported(
         min_score=_number(settings.get("min_score", info.min_score)),
         max_detections=_limit(settings.get("max_detections"), info.max_detections),
         has_masks=info.has_masks,
+        is_int8=info.precision == "int8",
     )
 
 

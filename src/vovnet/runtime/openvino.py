@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,7 +21,9 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 class OpenVinoEngine:
     """An Engine around an exported file, .xml or .onnx; raises ConfigError.
 
-    precision fp32, or what the processor has of bf16 and fp16.
+    precision fp32, or what the processor has of bf16 and fp16; of a file in int8 it is that of what
+    is not quantised. auto is fp32, of a file in int8 bf16 where the processor has it; int8 is the
+    same, and asks for such a file.
     """
 
     name = "openvino"
@@ -28,14 +31,19 @@ class OpenVinoEngine:
     chosen_because = ""
 
     def __init__(self, file: ExportedFile, *, precision: str, threads: int | None) -> None:
-        core = import_openvino().Core()
-        _check_precision(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": _HINTS[precision]}
+        core = openvino_core()
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        float_precision = _float_precision(file, precision, capabilities)
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[float_precision],
+        }
         if threads is not None:
             options |= {"INFERENCE_NUM_THREADS": str(threads)}
         compiled = core.compile_model(read_model(core, file.path), "CPU", options)
         self.file = file
-        self.precision = precision
+        self.compiled = compiled
+        self.precision = "int8" if file.is_int8 else float_precision
         self.max_detections = file.max_detections
         self.has_masks = file.has_masks
         self._names = [output.get_any_name() for output in compiled.outputs]
@@ -58,12 +66,10 @@ def load(
     threads: int | None,
     settings: Mapping[str, object],
 ) -> OpenVinoEngine:
-    """The engine of an exported file, in fp32 unless stated; raises ConfigError."""
+    """The engine of an exported file; raises ConfigError."""
     check_threads(threads)
     file = open_exported(model, device=device, settings=settings)
-    return OpenVinoEngine(
-        file, precision="fp32" if precision == "auto" else precision, threads=threads
-    )
+    return OpenVinoEngine(file, precision=precision, threads=threads)
 
 
 def import_openvino() -> Any:
@@ -78,6 +84,16 @@ def import_openvino() -> Any:
         ) from None
 
 
+@cache
+def openvino_core() -> Any:
+    """The process's one Core; raises ConfigError where openvino is not installed.
+
+    With a second one the next signal would end the process: each puts the calling thread's signal
+    stack aside, and when they end in the order they came, the thread is left with a freed one.
+    """
+    return import_openvino().Core()
+
+
 def read_model(core: Any, path: Path) -> Any:
     """The network of an .onnx or .xml file; raises ConfigError where OpenVINO cannot read it."""
     try:
@@ -87,10 +103,19 @@ def read_model(core: Any, path: Path) -> Any:
         raise ConfigError(f"{path}: expected a network that OpenVINO reads: {reason}") from None
 
 
-def _check_precision(precision: str, capabilities: list[str]) -> None:
+def _float_precision(file: ExportedFile, precision: str, capabilities: list[str]) -> str:
+    """What is not quantised computes in."""
+    if precision == "int8" and not file.is_int8:
+        raise ConfigError(
+            f"precision: expected a file in int8, which `vovnet export --precision int8` writes, "
+            f"found {file.path} in float"
+        )
+    if precision in ("auto", "int8"):
+        return "bf16" if file.is_int8 and "BF16" in capabilities else "fp32"
     if precision != "fp32" and precision.upper() not in capabilities:
         known = [name for name in _HINTS if name.upper() in capabilities]
         raise ConfigError(
             f"precision: expected {' or '.join(known)}, which this processor has in OpenVINO, "
             f"got {precision!r}"
         )
+    return precision

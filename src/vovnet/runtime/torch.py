@@ -1,5 +1,7 @@
 """The network run by torch itself: what every other engine is compared with."""
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,31 @@ def load(
     else:
         graph = DeployGraph(network, mean=mean, std=std)
     return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
+
+
+def load_compiled(
+    model: str | Path,
+    *,
+    precision: str,
+    device: str,
+    threads: int | None,
+    settings: Mapping[str, object],
+) -> TorchEngine:
+    """As `load`, with the network compiled by torch.compile: a minute at the first batch, and again
+    at the first batch of another size.
+
+    The choice of detections is not compiled. Raises ConfigError, also where there is no C++
+    compiler.
+    """
+    loaded = load(model, precision=precision, device=device, threads=threads, settings=settings)
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise ConfigError(
+            "engine: expected a C++ compiler for torch-compile (g++, clang++ or $CXX), found none"
+        )
+    loaded.name = "torch-compile"
+    graph = loaded.graph
+    (graph.detector if isinstance(graph, DeployGraph) else graph).compile()
+    return loaded
 
 
 def set_threads(threads: int | None) -> None:
