@@ -26,7 +26,7 @@ from vovnet.export.check import made_up_pictures
 from vovnet.export.model import export_model, load_source
 from vovnet.profiling.machine import describe_machine
 from vovnet.runtime.onnxruntime import import_onnxruntime
-from vovnet.runtime.openvino import openvino_core
+from vovnet.runtime.openvino import import_openvino, openvino_core
 
 Run = Callable[[], object]
 MODELS = ("ese_vovnet39b", "ese_vovnet19b_dw")
@@ -51,7 +51,7 @@ def write_files(name: str, work: Path) -> dict[str, Path]:
         done = export_model(source, file, made_up_pictures(), format=form)
         if done.problems:
             raise SystemExit("\n".join(done.problems))
-    nncf, openvino = int8.import_nncf(), openvino_core()
+    nncf, openvino = int8.import_nncf(), import_openvino()
     pictures = feeds(CALIBRATION)
     stock = nncf.quantize(
         int8.read_network(files["fp32"]), nncf.Dataset(pictures), subset_size=CALIBRATION
