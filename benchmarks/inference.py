@@ -1,16 +1,15 @@
 """Images per second of exported classifiers and detectors, engine by engine, beside timm's eager
 network: `python benchmarks/inference.py [--models NAME ...] [--seconds S] [--json FILE]`.
 
-Random weights of each architecture are exported once; then all engines run in turn, one batch each,
-so that what the machine does besides meets all alike. Ratios are of medians, timm (or, for a
-detector, the torch engine) = 1. Precision is fp32 throughout.
+Random weights of each architecture are exported once; then all engines run in one interleaved run,
+one batch each in random order, so that what the machine does besides meets all alike. `speed` is
+the paired ratio to timm (for a detector, to the torch engine) with its 95 % interval. Precision is
+fp32 throughout.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from vovnet.exported import ONNX_FILE, OPENVINO_FILE
 from vovnet.model_folder import ModelConfig, bundled_models, save_model_folder
 from vovnet.models.zoo import create_model
 from vovnet.preprocess import Preprocess
+from vovnet.profiling.compare import Comparison, Sampling, interleave
 from vovnet.profiling.machine import describe_machine
 
 Run = Callable[[], object]
@@ -104,37 +104,22 @@ def detector_runs(name: str, batch: int, work: Path, threads: int) -> dict[str, 
     return runs
 
 
-def measure(runs: dict[str, Run], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, all in turn, for about `seconds` in all."""
-    for run in runs.values():
-        for _ in range(WARM_UP):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def rows_of(model: str, batch: int, times: dict[str, list[float]]) -> list[dict[str, object]]:
-    first = statistics.median(next(iter(times.values())))
-    return [
-        {
-            "model": model,
-            "batch": batch,
-            "engine": engine,
-            "images_per_s": round(batch / statistics.median(values), 2),
-            "ms": round(1000 * statistics.median(values), 2),
-            "ms_min": round(1000 * min(values), 2),
-            "ms_max": round(1000 * max(values), 2),
-            "rounds": len(values),
-            "ratio": round(first / statistics.median(values), 2),
-        }
-        for engine, values in times.items()
-    ]
+def rows_of(model: str, batch: int, measured: Comparison) -> list[dict[str, object]]:
+    first = next(iter(measured.times_s))
+    ratios = {ratio.name: ratio for ratio in measured.ratios}
+    rows: list[dict[str, object]] = []
+    for engine in measured.times_s:
+        times = measured.timings(engine)
+        row: dict[str, object] = {"model": model, "batch": batch, "engine": engine}
+        row |= {"images_per_s": round(1000 * batch / times.median_ms, 2), "rounds": times.count}
+        row |= {"ms": round(times.median_ms, 2)}
+        row |= {"ms_p10": round(times.p10_ms, 2), "ms_p90": round(times.p90_ms, 2)}
+        if engine != first:  # ratios are of times, the first the base
+            ratio = ratios[engine]
+            row |= {"speed": round(1 / ratio.ratio, 2)}
+            row |= {"speed_low": round(1 / ratio.high, 2), "speed_high": round(1 / ratio.low, 2)}
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -142,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=[*CLASSIFIERS, *bundled])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--rounds", type=int, default=10, help="of each model and batch, at least")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each model and batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -152,7 +138,8 @@ def main() -> None:
             make = detector_runs if model in bundled else classifier_runs
             for batch in given.batches:
                 runs = make(model, batch, Path(name), given.threads)
-                rows += rows_of(model, batch, measure(runs, given.seconds))
+                sampling = Sampling(min_rounds=given.rounds, max_s=given.seconds)
+                rows += rows_of(model, batch, interleave(runs, sampling))
                 for row in rows[-len(runs) :]:
                     print("  ".join(f"{value}" for value in row.values()), flush=True)
     if given.json:
