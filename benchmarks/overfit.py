@@ -45,6 +45,11 @@ BACKBONES = {
     "vovdet": "ese_vovnet19b_slim_dw",
     "vovdet_seg": "ese_vovnet19b_slim_dw",
 }
+OVERRIDES: dict[str, dict[str, object]] = {
+    # 512 regions are for pictures with many objects, and most of the time.
+    "faster_rcnn_lite": {"rois_per_image": 64},
+    "mask_rcnn_lite": {"rois_per_image": 64},
+}
 NUM_IMAGES = 8
 MAX_OBJECTS = 8
 LEAST_SIDE = 24  # pixels after the resize
@@ -98,6 +103,7 @@ def overfit(family: str, folder: Path, options: argparse.Namespace) -> dict[str,
     side = options.side
     config = TrainConfig(
         model=f"{family}_{BACKBONES[family]}",
+        model_overrides=OVERRIDES.get(family, {}),
         data=str(folder),
         preprocess={"square": side},
         augment={

@@ -17,7 +17,8 @@ def picture() -> tuple[np.ndarray, np.ndarray]:
     return images, np.array([[60, 90]], np.int64)
 
 
-@pytest.mark.parametrize("name", ["auto", *_lazy.ENGINES])
+# torch-compile takes a minute for a detector; a classifier has to do.
+@pytest.mark.parametrize("name", ["auto", *sorted(set(_lazy.ENGINES) - {"torch-compile"})])
 def test_results_have_the_declared_shapes(exported_folder: Path, name: str) -> None:
     engine = load_engine(exported_folder, engine=name)
     found = engine.infer(*picture())
@@ -73,13 +74,25 @@ def test_wrong_arguments_say_what_was_expected(
 def test_classifiers_give_logits_and_embedding(exported_classifier_folder: Path, name: str) -> None:
     engine = load_engine(exported_classifier_folder, engine=name)
     images = picture()[0][:, :, :64]  # the size of its crop, without padding
-    found = engine.infer(images, np.array([[64, 64]], np.int64))
+    sizes = np.array([[64, 64]], np.int64)
+    found = engine.infer(images, sizes)
     assert (engine.max_detections, engine.has_masks) == (0, False)
     assert {key: value.shape for key, value in found.items()} == {
         "logits": (1, 3),
         "embedding": (1, 512),
     }
     assert found["logits"].dtype == np.float32
+    expected = load_engine(exported_classifier_folder, engine="torch").infer(images, sizes)
+    np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-4)
+
+
+def test_compiling_needs_a_compiler(
+    classifier_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"engine: expected a C\+\+ compiler"):
+        load_engine(classifier_folder, engine="torch-compile")
 
 
 def test_a_task_that_is_not_the_architectures_is_named(
