@@ -63,6 +63,7 @@ ORDER = [
     "timm",
     # engines that run a trained network
     "runtime.threads",
+    "runtime.packed",
     "runtime.torch",
     "runtime.exported",
     "runtime.openvino",

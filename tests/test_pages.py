@@ -57,6 +57,20 @@ def test_a_file_that_breaks_on_a_later_page_is_told_once(tmp_path: Path) -> None
     assert (len(found), told) == (2, ["page 2"])
 
 
+def test_a_file_that_is_cut_off_gives_its_first_page_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_grey(tmp_path / "a.tif", 7, 8)
+
+    def cannot_count(path: Path) -> int:
+        raise ImageError(f"{path}: cut off")
+
+    monkeypatch.setattr("vovnet.pages.count_pages", cannot_count)
+    told: list[str] = []
+    found = list(read_ahead([path], read, ahead=2, on_error=told.append))
+    assert ([page for page, _ in found], told) == ([(path, 0)], [f"{path}: cut off"])
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_no_more_than_asked_for_are_held(tmp_path: Path, ahead: int) -> None:
     paths = [save_grey(tmp_path / f"{number}.png", number) for number in range(12)]

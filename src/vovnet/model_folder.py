@@ -196,7 +196,8 @@ def resolve_model(folder_or_name: str | Path) -> Path:
         raise ConfigError(f"{folder}: expected a model folder with {CONFIG_FILE}, found {found}")
     names = ", ".join(sorted(bundled)) or "none"
     raise ConfigError(
-        f"expected a model folder or the name of a bundled model ({names}), got {folder_or_name!s}"
+        f"expected a model folder or the name of a bundled model ({names}), found neither at "
+        f"{folder_or_name!s}"
     )
 
 

@@ -51,16 +51,24 @@ def _submitted(
 ) -> Iterator[tuple[Page, Future[Pixels]]]:
     waiting: deque[tuple[Page, Future[Pixels]]] = deque()
     for path in paths:
-        for number in range(_count_pages(path)):
-            waiting.append(((path, number), pool.submit(read, path, number)))
+        for number, failure in _pages_of(path):
+            page = _failed(failure) if failure else pool.submit(read, path, number)
+            waiting.append(((path, number), page))
             if len(waiting) >= ahead:
                 yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
 
 
-def _count_pages(path: Path) -> int:
+def _pages_of(path: Path) -> list[tuple[int, ImageError | None]]:
+    """The pages of a file; of one that breaks off the first, and what is wrong with the next."""
     try:
-        return count_pages(path)
-    except ImageError:
-        return 1  # reading it tells why
+        return [(number, None) for number in range(count_pages(path))]
+    except ImageError as error:
+        return [(0, None), (1, error)]
+
+
+def _failed(error: ImageError) -> Future[Pixels]:
+    future: Future[Pixels] = Future()
+    future.set_exception(error)
+    return future

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vovnet.export.check import compare, made_up_pictures, make_batches
+from vovnet.export.check import compare, find_unsound, made_up_pictures, make_batches
 from vovnet.preprocess import Preprocess
 
 Arrays = dict[str, np.ndarray]
@@ -115,3 +115,24 @@ def test_pictures_come_alone_and_together() -> None:
     assert [len(images) for images, _ in make_batches(Preprocess(), pictures)] == [1, 1, 2]
     open_sizes = Preprocess(size_divisor=1)
     assert [len(images) for images, _ in make_batches(open_sizes, pictures)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.pop("mask_scores"), "outputs: expected boxes (1, 4, 4)"),
+        (
+            lambda found: found.update(scores=np.zeros((1, 3))),
+            "found boxes (1, 4, 4), scores (1, 3",
+        ),
+        (lambda found: found["scores"].fill(np.nan), "scores: expected finite values"),
+        (lambda found: found["boxes"].fill(np.inf), "boxes: expected finite values"),
+    ],
+)
+def test_what_no_rounding_explains(change: Callable[[Arrays], object], message: str) -> None:
+    found = detections()
+    found["scores"] *= 0.5
+    assert list(find_unsound(lambda *_: detections(), lambda *_: found, [BATCH])) == []
+    change(found)
+    (problem,) = find_unsound(lambda *_: detections(), lambda *_: found, [BATCH])
+    assert message in problem

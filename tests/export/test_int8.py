@@ -95,6 +95,12 @@ def quantized(stock: Any) -> Any:
     return int8.place_behind_pools(stock.clone())
 
 
+@pytest.fixture(scope="module")
+def dark() -> Any:
+    """Calibrated on dark pictures, and with a layer kept in float."""
+    return int8.quantize(network(), feeds(2, brightest=60), keep_float=["one.b/conv"])
+
+
 def test_quantisers_stand_behind_the_pools_and_nothing_changes(stock: Any, quantized: Any) -> None:
     assert types_before(stock, "MaxPool") == ["FakeQuantize"]
     assert types_before(quantized, "MaxPool") == ["Multiply"]
@@ -152,11 +158,10 @@ def test_of_a_segmenter_the_masks_stay_in_float(exported_folder: Path) -> None:
     assert [name.rpartition("attn")[2] for name in gates] == [".fc"] * 4
 
 
-def test_a_layer_can_be_kept_in_float() -> None:
-    kept = int8.quantize(network(), feeds(2), keep_float=["one.b/conv"])
+def test_a_layer_can_be_kept_in_float(dark: Any) -> None:
     weights = {
         node.get_friendly_name(): node.input_value(1).get_node().get_type_name()
-        for node in kept.get_ordered_ops()
+        for node in dark.get_ordered_ops()
         if node.get_type_name() == "Convolution"
     }
     kept_names = [name for name, kind in weights.items() if kind == "Constant"]
@@ -171,12 +176,10 @@ def test_layers_are_called_by_their_weights() -> None:
     assert len(names) == LAYERS + 2
 
 
-def test_errors_point_to_the_layer_that_clips(stock: Any) -> None:
+def test_errors_point_to_the_layer_that_clips(quantized: Any, dark: Any) -> None:
     """Ranges from dark pictures cut bright ones off at the first layer; those behind it follow."""
     model = network()
-    right = int8.layer_errors(
-        model, int8.quantize(model, feeds(4), keep_float=()), feeds(2, seed=3)
-    )
+    right = int8.layer_errors(model, quantized, feeds(2, seed=3))
     assert len(right) == LAYERS
     assert all(1e-4 < error < 0.05 for error in right.values())
     # Seven bits of a weight: a step is 1/63 of the largest, its error evenly spread.
@@ -184,7 +187,6 @@ def test_errors_point_to_the_layer_that_clips(stock: Any) -> None:
     steps = np.abs(weight).max(axis=(1, 2, 3)) / 63
     lone = np.sqrt((steps**2 / 12).mean() / np.square(weight).mean())
     assert right["stem/conv"] == pytest.approx(lone, rel=0.3)
-    dark = int8.quantize(model, feeds(4, brightest=60), keep_float=())
     wrong = int8.layer_errors(model, dark, feeds(2, seed=3))
     assert min(wrong[name] / right[name] for name in wrong) > 0.9
     assert wrong["stem/conv"] > 10 * right["stem/conv"]

@@ -381,7 +381,7 @@ def test_the_graph_chooses_without_suppression_or_open_shapes() -> None:
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        ({"box_bins": 0}, "box_bins"),
+        ({"box_bins": 1}, "box_bins"),
         ({"one_to_one": 1}, "one_to_one"),
         ({"score_threshold": 1.5}, "score_threshold"),
         ({"alignment_beta": -1.0}, "alignment_beta"),

@@ -28,6 +28,7 @@ from vovnet.profiling.roofline import Workload
 from vovnet.profiling.stages import time_cold_start, time_stages
 from vovnet.profiling.target import (
     Target,
+    check_engine,
     distinct,
     find_target,
     known_accuracy,
@@ -275,6 +276,10 @@ def test_engines_are_compared_in_one_run(exported_classifier_folder: Path) -> No
     if sys.platform == "linux":  # torch is not loaded where another engine runs
         assert peaks[0] > max(peaks[1:]) > 30e6
     assert all(model.cold_start.count == 1 for model in found.models)
+    alone = on_engines([find_target("ese_vovnet19b_slim_dw")], ("auto", "torch"))
+    assert all(len(list(load_module(one).parameters())) > 9 for one in alone)
+    with pytest.raises(ConfigError, match="engine: expected torch for what is not trained"):
+        check_engine(alone[0], "openvino", "cpu")
     with pytest.raises(ConfigError, match="engine: expected different engines, got torch, torch"):
         on_engines(targets, ("torch", "torch"))
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -173,6 +174,18 @@ def tensors_of(result: TrainResult, part: str) -> list[torch.Tensor]:
         return [tensor for child in children for tensor in walk(child)]
 
     return walk(torch.load(result.run_dir / "last.pt", weights_only=True)[part])
+
+
+def test_a_segmenter_needs_masks(data_dir, tmp_path):
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    for file in (folder / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"expected masks to train .*, found none"):
+        train(make_config(folder, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_resumed_run_must_be_the_same(data_dir, finished):

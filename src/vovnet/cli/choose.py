@@ -28,8 +28,16 @@ from vovnet.profiling.target import Target, distinct, find_target, parse_image_s
 TASKS = ("classify", "detect", "segment")
 DEFAULT_ARCHITECTURES = {
     "classify": ("ese_vovnet19b_slim_dw", "ese_vovnet19b_dw", "ese_vovnet39b", "ese_vovnet57b"),
-    "detect": ("fcos_lite_ese_vovnet19b_slim_dw", "fcos_lite_ese_vovnet39b", "fcos_ese_vovnet39b"),
+    "detect": (
+        "vovdet_n",
+        "vovdet_s",
+        "fcos_lite_ese_vovnet19b_slim_dw",
+        "fcos_lite_ese_vovnet39b",
+        "fcos_ese_vovnet39b",
+    ),
     "segment": (
+        "vovdet_n_seg",
+        "vovdet_s_seg",
         "centermask_lite_ese_vovnet19b_slim_dw",
         "centermask_lite_ese_vovnet39b",
         "centermask_ese_vovnet39b",
@@ -79,7 +87,11 @@ def choose(
     counted = _count_architectures(task, architectures, settings)
     profiles: list[Profile] = []
     candidates = []
-    for target in _targets(folders, task):
+    targets = _targets(folders, task)
+    limited = max_ms is not None or max_joules is not None
+    if limited and not targets:
+        raise ConfigError(f"expected model folders, since no bundled model is one to {task}")
+    for target in targets:
         print(f"vovnet: measuring {target.name}", file=sys.stderr)
         candidates.append(_measure(target, task, data_dir, split, settings, profiles))
     choices = rank(candidates, max_ms=max_ms, max_joules=max_joules)
@@ -87,7 +99,6 @@ def choose(
         print(json.dumps(_to_dict(choices, counted, profiles)))
     else:
         _print(choices, counted, profiles, task)
-    limited = max_ms is not None or max_joules is not None
     return 4 if limited and not any(not choice.reasons for choice in choices) else 0
 
 
@@ -145,7 +156,7 @@ def _count_architectures(task: str, pattern: str | None, settings: Settings) -> 
         names = [name for name in list_models(task=task) if fnmatch(name, pattern)]  # type: ignore[arg-type]
         if not names:
             raise ConfigError(f"architectures: expected a pattern for {task}, got {pattern!r}")
-    targets = [Target(name, "architecture", task) for name in names]
+    targets = [Target(name, "architecture", task, architecture=name) for name in names]
     return {target.name: image_counts(target, sweep([target], settings)[0]) for target in targets}
 
 

@@ -119,7 +119,7 @@ def _check_options(format: str, precision: str, output: Path | None) -> Format:
 
 def _check_int8(model: str, form: Format, options: Int8Options, *, raw: bool) -> None:
     if form != "openvino":
-        raise ConfigError(f"format: expected openvino for int8, got {form!r}")
+        raise ConfigError(f"format: expected openvino for int8, got {form!r}: --format openvino")
     if raw:
         raise ConfigError("raw: expected a whole export for int8, whose accuracy is measured")
     if options.data is None:

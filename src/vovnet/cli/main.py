@@ -24,12 +24,13 @@ Model = Annotated[str, typer.Option(help="A model folder, or the name of a bundl
 Data = Annotated[
     Path, typer.Option(help="Data set: a folder in COCO, Pascal VOC or YOLO format, see --format.")
 ]
+LabelledData = Annotated[Path, typer.Option(help="Data set, as for train.")]
 DataFormat = Annotated[
     str, typer.Option("--format", help="auto, coco, voc or yolo; auto: the one that lies there.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
-Engine = Annotated[str, typer.Option(help="auto, torch, openvino or onnxruntime.")]
+Engine = Annotated[str, typer.Option(help="auto, torch, torch-compile, openvino or onnxruntime.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8 (exports).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[
@@ -135,7 +136,7 @@ def convert_data(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Write a data set in another format, nothing lost: COCO, Pascal VOC or YOLO."""
+    """Write a data set in another format, no label lost: COCO, Pascal VOC or YOLO."""
     _call("convert-data", data, to, output, split or [], format, link, json)
 
 
@@ -239,7 +240,7 @@ def train(
 @app.command()
 def val(
     model: Model,
-    data: Data,
+    data: LabelledData,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "val",
     format: DataFormat = "auto",
     max_detections: MaxDetections = None,
@@ -259,9 +260,7 @@ def val(
         str | None, typer.Option(help="Detector: coco, voc07 or voc12; default: coco.")
     ] = None,
     tta: TestTimeViews = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Detector: write a page of figures, curves and errors.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Detector: write a page of it all.")] = None,
 ) -> None:
     """Measure a model on a labelled split: box and mask AP, or accuracy of a classifier."""
     run_on = (device, threads, json, engine, precision, output, skip_bad)
@@ -327,7 +326,7 @@ def predict(
 def export(
     model: Annotated[str, typer.Argument(help="Folder, bundled model, or published weights.")],
     format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 (weights) or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8 (openvino).")] = "fp32",
     output: Annotated[
         Path | None, typer.Option(help="File; default: beside the weights, or in runs/export.")
     ] = None,
@@ -348,7 +347,7 @@ def export(
 def profile(
     models: Annotated[
         list[str],
-        typer.Argument(help="Model folders, bundled models, architectures or .onnx files."),
+        typer.Argument(help="Folders, exports, bundled models, architectures, .onnx files."),
     ],
     engine: Annotated[
         list[str] | None, typer.Option(help="auto, or an engine of model folders; repeatable.")
@@ -362,7 +361,7 @@ def profile(
         list[int] | None, typer.Option(min=1, help="CPU threads; repeatable.")
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16 or fp16; repeatable.")
+        list[str] | None, typer.Option(help="auto, fp32, bf16 or fp16; repeatable.")
     ] = None,
     layout: Annotated[
         list[str] | None, typer.Option(help="nhwc or nchw, of torch modules; repeatable.")
@@ -432,7 +431,7 @@ def choose(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, or the engine to run on.")] = "auto",
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "fp32",
     threads: Threads = None,
     source: Annotated[
         Path | None, typer.Option(help="Picture to look at; default: random pixels.")

@@ -156,6 +156,9 @@ def detect(
             f"{report.objects} objects in {report.images} images, "
             f"{report.images / seconds:.2f} images/s, {len(report.errors)} bad files: {output}"
         )
+        if report.images and not report.objects:
+            least = predictor.thresholds.min()
+            print(f"vovnet: none has a score of {least:.3g} (--score-threshold)", file=sys.stderr)
     return run.exit_code(interrupted=report.interrupted, errors=report.errors)
 
 

@@ -27,6 +27,7 @@ from vovnet.profiling.records import Accuracy, Profile
 from vovnet.profiling.report import plain_console, print_profile, to_csv
 from vovnet.profiling.target import (
     Target,
+    check_engine,
     distinct,
     find_target,
     load_module,
@@ -100,6 +101,8 @@ def profile(
     _check_outputs(outputs, kept, [*targets, *([reference] if reference else [])])
     for engine in engines:
         check_settings(replace(settings, engine=engine))
+    for target in targets:
+        check_engine(target, target.engine, device)
     if data_dir is not None:
         _check_data(data_dir, split, targets)
     accuracies = _accuracies(targets, data_dir, split, settings)

@@ -31,7 +31,7 @@ def val(
         if any(value is not None for value in detector) or format != "auto":
             raise ConfigError(
                 f"{model}: expected none of --max-detections, --format, --metric, --tta and "
-                "--html, for it is a classifier"
+                "--html, for it is a classifier; its pictures go to --output FOLDER"
             )
         return val_classes(
             model,
@@ -47,7 +47,9 @@ def val(
             as_json=as_json,
         )
     if output is not None:
-        raise ConfigError(f"{model}: expected no --output, for it is no classifier")
+        raise ConfigError(
+            f"{model}: expected no --output, for it is no classifier; --html PAGE has its pictures"
+        )
     return val_detections(
         model,
         data_dir,

@@ -87,7 +87,10 @@ def recognise(data_dir: Path, format: str = AUTO) -> str:
     if found:
         options = " or ".join(f"--format {name}" for name in found)
         raise DataError(f"{data_dir}: expected one format, found {titles}; choose by {options}")
-    raise DataError(f"{data_dir}: expected one of {layouts}; found none of them")
+    raise DataError(
+        f"{data_dir}: expected one of {layouts}; found none of them. A folder of pictures for each "
+        "class is for a classifier: --task classify"
+    )
 
 
 def require_split(data_dir: Path, split: str, *, format: str = AUTO) -> str:

@@ -54,6 +54,19 @@ def compare(engine: str, expected: Run, exported: Run, batches: Sequence[Batch])
     return Comparison(engine, differences, compared, tuple(problems))
 
 
+def find_unsound(expected: Run, exported: Run, batches: Sequence[Batch]) -> Iterator[str]:
+    """What no rounding explains: outputs of other names or shapes than expected, values that are
+    not finite.
+    """
+    for images, sizes in batches:
+        wanted, found = _shapes(expected(images, sizes)), exported(images, sizes)
+        if wanted != _shapes(found):
+            yield f"outputs: expected {wanted}, found {_shapes(found)}"
+        for name, value in found.items():
+            if not np.isfinite(value).all():
+                yield f"{name}: expected finite values, found others"
+
+
 def make_batches(preprocess: Preprocess, pictures: Sequence[NDArray[np.uint8]]) -> list[Batch]:
     """Each picture alone, and all in one batch where they have one size or may be padded."""
     resized = [preprocess.resize(picture) for picture in pictures]

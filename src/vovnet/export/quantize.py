@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,7 +19,7 @@ from vovnet.data.labels import DetectionData, has_masks
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation import evaluate_coco, predict_images
 from vovnet.evaluation_classes import evaluate_classes, load_known_classes, predict_logits
-from vovnet.export.check import Comparison
+from vovnet.export.check import Batch, Comparison, find_unsound, make_batches
 from vovnet.export.int8 import (
     Feeds,
     layer_errors,
@@ -90,11 +90,26 @@ class _Try:
     told: ExportInfo
     info: Int8Info
     counts: tuple[int, int]  # convolutions run in eight bits, and in float
+    unsound: tuple[str, ...]
 
     @property
     def drop(self) -> float:
         """Points of a hundred below the float file."""
         return 100 * (self.info.float_accuracy - self.info.accuracy)
+
+    def holds(self, max_drop: float) -> bool:
+        """Whether it may be kept."""
+        return not self.unsound and self.drop <= max_drop
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The float file, what it came to, and pictures that others must answer in its form."""
+
+    file: ExportedFile
+    engine: Engine
+    accuracy: Accuracy
+    batches: tuple[Batch, ...]
 
 
 def make_trial(
@@ -130,9 +145,19 @@ def export_int8(
         done = export_model(source, folder / _FLOAT_FILE, pictures, format="openvino")
         if done.problems:
             return Int8Export((), done.comparisons, None, 0, 0, tuple(done.problems), ())
-        return _search(folder, output, trial, max_drop, done.comparisons)
+        reference = _measure_float(folder, trial, pictures)
+        return _search(folder, output, trial, max_drop, reference, done.comparisons)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measure_float(folder: Path, trial: Trial, pictures: Sequence[Pixels]) -> _Reference:
+    file = _open(folder / _FLOAT_FILE, trial)
+    engine = OpenVinoEngine(file, precision="fp32", threads=None)
+    found = trial.measure(engine)
+    if not np.isfinite(found.value):
+        raise DataError(f"split {trial.split}: expected something to find, found nothing to judge")
+    return _Reference(file, engine, found, tuple(make_batches(trial.preprocess, pictures)))
 
 
 def _search(
@@ -140,37 +165,35 @@ def _search(
     output: Path,
     trial: Trial,
     max_drop: float,
+    reference: _Reference,
     comparisons: tuple[Comparison, ...],
 ) -> Int8Export:
     """Tries with ever more layers in float until one holds."""
-    model, file = read_network(folder / _FLOAT_FILE), _open(folder / _FLOAT_FILE, trial)
-    expected = trial.measure(OpenVinoEngine(file, precision="fp32", threads=None))
-    if not np.isfinite(expected.value):
-        raise DataError(f"split {trial.split}: expected something to find, found nothing to judge")
-    names = layer_names(model)
-    tried = _try(model, folder, trial, expected, {})
-    if tried.drop > max_drop:
-        looked_at = _Feeds(file, trial.preprocess, trial.looked_at)
+    model = read_network(reference.file.path)
+    tried = _try(model, folder, trial, reference, {})
+    if not tried.holds(max_drop):
+        names = layer_names(model)
+        looked_at = _Feeds(reference.file, trial.preprocess, trial.looked_at)
         errors = _sorted(layer_errors(model, tried.model, looked_at))
         for share in FLOAT_SHARES:
             kept = {name: names[name] for name in list(errors)[: math.ceil(share * len(errors))]}
-            tried = _try(model, folder, trial, expected, kept)
-            if tried.drop <= max_drop:
+            tried = _try(model, folder, trial, reference, kept)
+            if tried.holds(max_drop):
                 break
         else:
-            worst = tuple((names[name], errors[name]) for name in list(errors)[:_BLAMED])
-            problem = _problem(tried, max_drop, trial.split)
-            return Int8Export((), comparisons, tried.info, *tried.counts, (problem,), worst)
+            problems = (*tried.unsound, *_problems(tried, max_drop))
+            blamed = _by_weight(errors, names)[:_BLAMED]
+            return Int8Export((), comparisons, tried.info, *tried.counts, problems, blamed)
     files = _keep(tried, folder, output)
     return Int8Export(files, comparisons, tried.info, *tried.counts, (), ())
 
 
 def _try(
-    model: Any, folder: Path, trial: Trial, expected: Accuracy, kept: Mapping[str, str]
+    model: Any, folder: Path, trial: Trial, reference: _Reference, kept: Mapping[str, str]
 ) -> _Try:
     """A quantised network and how accurate its file is; kept layers by the names of operations."""
-    told = read_export_info(folder / _FLOAT_FILE).model_copy(update={"precision": "int8"})
-    pictures = _Feeds(_open(folder / _FLOAT_FILE, trial), trial.preprocess, trial.calibration)
+    told = read_export_info(reference.file.path).model_copy(update={"precision": "int8"})
+    pictures = _Feeds(reference.file, trial.preprocess, trial.calibration)
     quantized = quantize(model, pictures, keep_float=kept)
     _save(quantized, told, folder / _TRIED_FILE)
     engine = OpenVinoEngine(_open(folder / _TRIED_FILE, trial), precision="auto", threads=None)
@@ -178,7 +201,7 @@ def _try(
     int8 = Int8Info(
         metric=found.metric,
         accuracy=found.value,
-        float_accuracy=expected.value,
+        float_accuracy=reference.accuracy.value,
         split=trial.split,
         pictures=found.pictures,
         calibration_pictures=len(pictures),
@@ -186,16 +209,19 @@ def _try(
     )
     told = told.model_copy(update={"int8": int8})
     in_int8, in_float = layers_run(engine.compiled)
-    return _Try(quantized, told, int8, (len(in_int8), len(in_float)))
+    unsound = find_unsound(reference.engine.infer, engine.infer, reference.batches)
+    return _Try(quantized, told, int8, (len(in_int8), len(in_float)), tuple(unsound))
 
 
-def _problem(tried: _Try, max_drop: float, split: str) -> str:
+def _problems(tried: _Try, max_drop: float) -> Iterator[str]:
     info = tried.info
-    return (
-        f"{info.metric}: expected at most {max_drop:g} points less than in float, found "
-        f"{tried.drop:.2f} less ({100 * info.accuracy:.2f} of {100 * info.float_accuracy:.2f}, "
-        f"{info.pictures} pictures of {split}), with {len(info.float_layers)} layers in float"
-    )
+    if not tried.drop <= max_drop:  # NaN is too much, too
+        yield (
+            f"{info.metric}: expected at most {max_drop:g} points less than in float, found "
+            f"{tried.drop:.2f} less ({100 * info.accuracy:.2f} of {100 * info.float_accuracy:.2f}, "
+            f"{info.pictures} pictures of {info.split}), with {len(info.float_layers)} layers in "
+            "float"
+        )
 
 
 def _keep(tried: _Try, folder: Path, output: Path) -> tuple[Path, ...]:
@@ -216,6 +242,16 @@ def _open(path: Path, trial: Trial) -> ExportedFile:
 
 def _sorted(errors: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(errors.items(), key=lambda entry: -entry[1]))
+
+
+def _by_weight(
+    errors: Mapping[str, float], names: Mapping[str, str]
+) -> tuple[tuple[str, float], ...]:
+    """Sorted errors by the names that people know; of a head that every level runs, the largest."""
+    largest: dict[str, float] = {}
+    for name, error in errors.items():
+        largest.setdefault(names[name], error)
+    return tuple(largest.items())
 
 
 class _Feeds(Sequence[Feeds]):

@@ -127,8 +127,12 @@ class OsaBlock(nn.Module):
         for conv in self.conv_mid:
             y = conv(y)
             outputs.append(y)
-        y = self.drop_path(self.attn(self.conv_concat(torch.cat(outputs, dim=1))))
+        y = self.drop_path(self.attn(self.aggregate(outputs)))
         return y + x if self.identity else y
+
+    def aggregate(self, outputs: list[Tensor]) -> Tensor:
+        """Maps (B, C_i, H, W) to the 1x1 convolution of their concat (B, C, H, W)."""
+        return self.conv_concat(torch.cat(outputs, dim=1))  # type: ignore[no-any-return]
 
 
 def make_pool(dilation: int) -> nn.Module:

@@ -300,6 +300,7 @@ def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
 
 
 def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
+    check_count("box_bins", config.box_bins, least=2)
     conv: ConvKind = "depthwise" if config.depthwise else "plain"
     neck = OsaPan(
         backbone.feature_info.channels(),

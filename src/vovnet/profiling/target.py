@@ -23,6 +23,7 @@ from vovnet.preprocess import Preprocess
 from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
 from vovnet.published import PUBLISHED, find_published
+from vovnet.runtime.engine import choose_engine
 from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.torch import build_model, choose_device, set_threads
 
@@ -44,6 +45,7 @@ class Target:
     module: nn.Module | None = None
     inputs: tuple[Tensor, ...] = ()
     engine: str = ""
+    architecture: str = ""  # a name of the zoo, or published weights with their tag
 
 
 def on_engines(targets: Sequence[Target], engines: Sequence[str]) -> list[Target]:
@@ -92,9 +94,9 @@ def find_target(text: str) -> Target:
         name = printable(folder.resolve().name)
         return Target(name, "folder", load_config(folder).task, folder)
     if text in list_models():
-        return Target(text, "architecture", task_of(text))
+        return Target(text, "architecture", task_of(text), architecture=text)
     if find_published(text) is not None:  # with its tag: weights of known accuracy
-        return Target(text, "architecture", "classify")
+        return Target(text, "architecture", "classify", architecture=text)
     if path.exists():
         resolve_model(text)  # says what a model folder holds
     try:
@@ -102,8 +104,8 @@ def find_target(text: str) -> Target:
     except ConfigError as error:
         bundled = ", ".join(sorted(bundled_models())) or "none"
         raise ConfigError(
-            f"expected a model folder, a bundled model ({bundled}), an .onnx file or an "
-            f"architecture, got {text!r}; {error}"
+            f"expected a model folder, a bundled model ({bundled}), an exported or .onnx "
+            f"file or an architecture, got {text!r}; {error}"
         ) from None
     raise AssertionError("unreachable: the zoo knows the name")
 
@@ -124,6 +126,16 @@ def distinct(targets: Sequence[Target]) -> list[Target]:
     if len(set(paths)) < len(paths):
         raise ConfigError(f"expected different models, got {', '.join(names)}")
     return renamed
+
+
+def check_engine(target: Target, engine: str, device: str) -> None:
+    """Raises ConfigError where an engine cannot run a target: folders need an export beside, and
+    what is not trained runs through torch.
+    """
+    if target.kind == "folder" and target.path is not None:
+        choose_engine(target.path, engine, device)
+    elif target.kind != "onnx" and engine not in ("auto", "torch"):
+        raise ConfigError(f"engine: expected torch for what is not trained, got {engine!r}")
 
 
 def default_side(target: Target) -> int:
@@ -162,7 +174,7 @@ def load_module(target: Target, *, device: torch.device | None = None) -> nn.Mod
     else:
         with torch.device(device or "cpu"):
             # Weights change no cost, so that published ones need not be fetched.
-            module = create_model(find_published(target.name) or target.name)
+            module = create_model(find_published(target.architecture) or target.architecture)
     return module.eval().to(device or "cpu")
 
 
@@ -184,8 +196,7 @@ def open_network(
         return _open_onnx(target, point)
     if target.kind == "folder":
         return _open_folder(target, point, engine=engine, device=device, image=image)
-    if engine not in ("auto", "torch"):
-        raise ConfigError(f"engine: expected torch for {target.name}, got {engine!r}")
+    check_engine(target, engine, device)
     module = load_module(target)
     if target.module is None:
         fold_batch_norms(module)
@@ -251,8 +262,8 @@ def known_accuracy(target: Target) -> Accuracy | None:
     """
     if target.kind == "folder" and target.path is not None:
         return recorded_accuracy(load_config(target.path))
-    variant = find_published(target.name) if target.kind == "architecture" else None
-    if variant is None or variant == target.name:
+    variant = find_published(target.architecture) if target.architecture else None
+    if variant is None or variant == target.architecture:
         return None
     weights = PUBLISHED[variant]
     data = f"ImageNet-1k val at {weights.image_size} x {weights.image_size} (timm's figure)"

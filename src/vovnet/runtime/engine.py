@@ -73,10 +73,10 @@ def load_engine(
         raise ConfigError(f"engine: expected {', '.join(ENGINES)}; got {engine!r}")
     if precision not in ("auto", *PRECISIONS):
         raise ConfigError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
-    name, model, because = _choose(folder_or_name, engine, device)
+    name, model, because = choose_engine(folder_or_name, engine, device)
     if precision == "int8" and name in _OF_TORCH:
         raise ConfigError(
-            f"precision: expected fp32, bf16 or fp16 for the engine torch, got 'int8'; `vovnet "
+            f"precision: expected fp32, bf16 or fp16 for the engine {name}, got 'int8'; `vovnet "
             f"export {folder_or_name} --format openvino --precision int8` makes what runs in it"
         )
     load = cast(Callable[..., Engine], _lazy.load(_lazy.ENGINES[name]))
@@ -87,8 +87,13 @@ def load_engine(
     return loaded
 
 
-def _choose(folder_or_name: str | Path, engine: str, device: str) -> tuple[str, str | Path, str]:
-    """Engine, what it is to load, and why."""
+def choose_engine(
+    folder_or_name: str | Path, engine: str, device: str
+) -> tuple[str, str | Path, str]:
+    """The name of the engine that `load_engine` takes, the path or name that it loads, and why.
+
+    Raises ConfigError where there is nothing that the engine runs.
+    """
     if find_published(folder_or_name) is not None:
         if engine not in ("auto", *_OF_TORCH):
             raise ConfigError(

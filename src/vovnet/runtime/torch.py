@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.published import find_published, published_preprocess
+from vovnet.runtime.packed import Packing, prepare_packing
 from vovnet.runtime.threads import check_threads
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,12 +46,24 @@ class TorchEngine:
         detector: Any = graph.detector if isinstance(graph, DeployGraph) else None
         self.max_detections: int = detector.config.max_detections if detector else 0
         self.has_masks: bool = detector is not None and detector.has_masks
+        self.packing: Packing | None = None
+
+    def pack(self) -> None:
+        """From now on the network lays its weights out for the shape of batches that come again.
+
+        It keeps a second copy of them for that; on a GPU this does nothing.
+        """
+        if self.device.startswith("cpu"):
+            dtype = _DTYPES.get(self.precision, torch.float32)
+            self.packing = prepare_packing(self.graph, dtype)
 
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """As Engine.infer; copying the results to the CPU waits for the device."""
         kind = self.device.partition(":")[0]
         dtype = _DTYPES.get(self.precision)
-        with torch.inference_mode(), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+        packing = self.packing.batch(images.shape) if self.packing else nullcontext()
+        autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        with torch.inference_mode(), autocast, packing:
             found = self.graph(
                 torch.from_numpy(images).to(self.device), torch.from_numpy(sizes).to(self.device)
             )
@@ -64,11 +78,26 @@ def load(
     threads: int | None,
     settings: Mapping[str, object],
 ) -> TorchEngine:
-    """The engine of a model folder or of published weights by their name, BatchNorm folded; fp32
-    unless stated.
+    """The engine of a model folder or of published weights by their name, BatchNorm folded, weights
+    packed on the CPU; fp32 unless stated.
 
     Raises ConfigError.
     """
+    loaded = _load_plain(
+        model, precision=precision, device=device, threads=threads, settings=settings
+    )
+    loaded.pack()
+    return loaded
+
+
+def _load_plain(
+    model: str | Path,
+    *,
+    precision: str,
+    device: str,
+    threads: int | None,
+    settings: Mapping[str, object],
+) -> TorchEngine:
     chosen = choose_device(device)
     set_threads(threads)
     variant = find_published(model)
@@ -97,12 +126,14 @@ def load_compiled(
     settings: Mapping[str, object],
 ) -> TorchEngine:
     """As `load`, with the network compiled by torch.compile: a minute at the first batch, and again
-    at the first batch of another size.
+    at the first batch of another size. Nothing is packed.
 
     The choice of detections is not compiled. Raises ConfigError, also where there is no C++
     compiler.
     """
-    loaded = load(model, precision=precision, device=device, threads=threads, settings=settings)
+    loaded = _load_plain(
+        model, precision=precision, device=device, threads=threads, settings=settings
+    )
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "engine: expected a C++ compiler for torch-compile (g++, clang++ or $CXX), found none"

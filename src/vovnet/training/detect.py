@@ -48,6 +48,11 @@ class DetectorTask:
                 )
             preset = replace(preset, output_size=(config.image_size, config.image_size))
         self.train_data, self.val_data, self.skipped = load_splits(config, skip_bad=skip_bad)
+        if task_of(config.model) == "segment" and not has_masks(self.train_data):
+            raise DataError(
+                f"{config.data}: expected masks to train {config.model} on, found none; choose a "
+                "detector, or data with masks"
+            )
         self.class_names = self.train_data.class_names
         self.dataset = TrainDataset(
             self.train_data, self.preprocess, preset=preset, seed=config.seed
