@@ -47,6 +47,11 @@ FAMILIES = [
 
 
 @pytest.fixture(autouse=True)
+def _pack_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_REPEATS", 2)
+
+
+@pytest.fixture(autouse=True)
 def _probe_again() -> Iterator[None]:
     can_pack.cache_clear()
     yield

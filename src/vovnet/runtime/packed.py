@@ -26,7 +26,7 @@ from vovnet.models.vovnet import OsaBlock
 Aggregation = Literal["concat", "buffer", "accumulate"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 
-_REPEATS = 2  # of a batch shape in a row, before it is packed for
+_REPEATS = 8  # of a batch shape in a row before it is packed for: fewer do not pay it back
 _MOST_REPEATS = 64
 _PROBES = (  # kernel, stride, dilation, groups of 16 channels
     (3, 1, 1, 1),
