@@ -12,7 +12,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -80,13 +79,10 @@ def classifier_runs(name: str, batch: int, work: Path, threads: int) -> dict[str
             return eager((pixels - mean[:, None, None]) / std[:, None, None])
 
     runs: dict[str, Run] = {"timm eager": run_timm}
-    for engine in ("torch", "onnxruntime", "openvino"):
+    for engine in ("torch", "torch-packed", "onnxruntime", "openvino"):
         source = files.get(engine, folder)
         loaded = Classifier.load(source, engine=engine, device="cpu", threads=threads).engine
         runs[engine] = lambda loaded=loaded: loaded.infer(images, sizes)
-    plain: Any = Classifier.load(folder, engine="torch", device="cpu", threads=threads).engine
-    plain.packing = None
-    runs["torch, not packed"] = lambda: plain.infer(images, sizes)
     return runs
 
 

@@ -283,7 +283,7 @@ def test_a_bundled_name_resolves_to_its_folder(
 ) -> None:
     monkeypatch.setattr(model_folder, "BUNDLED_DIR", folder.parent)
     assert resolve_model("model") == folder
-    with pytest.raises(ConfigError, match=r"name of a bundled model \(model\), got nothing"):
+    with pytest.raises(ConfigError, match=r"name of a bundled model \(model\), found neither"):
         resolve_model("nothing")
     with pytest.raises(ConfigError, match="expected a model folder"):
         resolve_model("../model")

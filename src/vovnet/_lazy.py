@@ -39,6 +39,7 @@ COMMANDS = {
 
 ENGINES = {
     "torch": "vovnet.runtime.torch:load",
+    "torch-packed": "vovnet.runtime.torch:load_packed",
     "torch-compile": "vovnet.runtime.torch:load_compiled",
     "openvino": "vovnet.runtime.openvino:load",
     "onnxruntime": "vovnet.runtime.onnxruntime:load",

@@ -383,11 +383,11 @@ WRONG = {
 
 def check_falls_back_aloud(model_folder: Path, message: str) -> None:
     with pytest.warns(RuntimeWarning, match=message) as caught:
-        engine = load_engine(model_folder, engine="torch", device="cpu")
+        engine = load_engine(model_folder, engine="torch-packed", device="cpu")
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        load_engine(model_folder, engine="torch", device="cpu")
+        load_engine(model_folder, engine="torch-packed", device="cpu")
     assert engine.packing is None
     assert not parts(engine.graph, PackedConv)
     found = [engine.infer(pictures(1, 64, 64), SIZES[:1]) for _ in range(3)]
@@ -442,7 +442,7 @@ def test_half_precision_is_that_of_autocast(monkeypatch: pytest.MonkeyPatch) -> 
     plain, packs = half_precision_engine(network), half_precision_engine(network)
     monkeypatch.setattr(torch.ops, "mkldnn", plain_operators())
     monkeypatch.setattr(packed, "_seconds", lambda _, plan: plan.aggregation != "accumulate")
-    packs.pack()
+    packs.packing = prepare_packing(packs.graph, torch.bfloat16)
     expected = plain.infer(pictures(3), SIZES)
     for _ in range(3):
         found = packs.infer(pictures(3), SIZES)
@@ -459,7 +459,7 @@ def test_half_precision_is_that_of_autocast(monkeypatch: pytest.MonkeyPatch) -> 
 def test_half_precision_stays_within_its_own_error() -> None:
     network = small()
     plain, packs = half_precision_engine(network), half_precision_engine(network)
-    packs.pack()
+    packs.packing = prepare_packing(packs.graph, torch.bfloat16)
     assert packs.packing is not None
     images, sizes = pictures(3), SIZES
     exact = oracle(network, images, sizes)["logits"]
@@ -473,14 +473,14 @@ def test_no_bf16_means_plain_without_a_word(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.ops, "mkldnn", plain_operators())
     torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
     engine = half_precision_engine(small())
-    engine.pack()
+    engine.packing = prepare_packing(engine.graph, torch.bfloat16)
     assert engine.packing is None
     assert parts(engine.graph, ConvNormAct)
     assert not parts(engine.graph, PackedConv)
 
 
 def test_loaded_engines_pack(classifier_folder: Path) -> None:
-    engine = load_engine(classifier_folder, engine="torch", device="cpu")
+    engine = load_engine(classifier_folder, engine="torch-packed", device="cpu")
     assert isinstance(engine, TorchEngine)
     images, sizes = pictures(1, 64, 64), np.array([[64, 64]])
     first, _, third = [engine.infer(images, sizes) for _ in range(3)]

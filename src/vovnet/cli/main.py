@@ -30,7 +30,7 @@ DataFormat = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
-Engine = Annotated[str, typer.Option(help="auto, torch, torch-compile, openvino or onnxruntime.")]
+Engine = Annotated[str, typer.Option(help="auto, torch, openvino, onnxruntime, torch-packed, ...")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8 (exports).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[

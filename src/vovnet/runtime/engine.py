@@ -17,7 +17,7 @@ from vovnet.published import find_published
 
 ENGINES = ("auto", *_lazy.ENGINES)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-_OF_TORCH = ("torch", "torch-compile")
+_OF_TORCH = ("torch", "torch-packed", "torch-compile")
 _READERS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}
 """Of each exported form, the engines that run it, the first choice first."""
 

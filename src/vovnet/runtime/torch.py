@@ -48,15 +48,6 @@ class TorchEngine:
         self.has_masks: bool = detector is not None and detector.has_masks
         self.packing: Packing | None = None
 
-    def pack(self) -> None:
-        """From now on the network lays its weights out for the shape of batches that come again.
-
-        It keeps a second copy of them for that; on a GPU this does nothing.
-        """
-        if self.device.startswith("cpu"):
-            dtype = _DTYPES.get(self.precision, torch.float32)
-            self.packing = prepare_packing(self.graph, dtype)
-
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """As Engine.infer; copying the results to the CPU waits for the device."""
         kind = self.device.partition(":")[0]
@@ -78,26 +69,11 @@ def load(
     threads: int | None,
     settings: Mapping[str, object],
 ) -> TorchEngine:
-    """The engine of a model folder or of published weights by their name, BatchNorm folded, weights
-    packed on the CPU; fp32 unless stated.
+    """The engine of a model folder or of published weights by their name, BatchNorm folded; fp32
+    unless stated.
 
     Raises ConfigError.
     """
-    loaded = _load_plain(
-        model, precision=precision, device=device, threads=threads, settings=settings
-    )
-    loaded.pack()
-    return loaded
-
-
-def _load_plain(
-    model: str | Path,
-    *,
-    precision: str,
-    device: str,
-    threads: int | None,
-    settings: Mapping[str, object],
-) -> TorchEngine:
     chosen = choose_device(device)
     set_threads(threads)
     variant = find_published(model)
@@ -117,6 +93,27 @@ def _load_plain(
     return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
 
 
+def load_packed(
+    model: str | Path,
+    *,
+    precision: str,
+    device: str,
+    threads: int | None,
+    settings: Mapping[str, object],
+) -> TorchEngine:
+    """As `load`, with weights laid out for the shape of batches that come again and again.
+
+    The same picture then answers in the last digits otherwise than before, which is why this is an
+    engine of its own. Raises ConfigError, also on a GPU.
+    """
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"device: expected cpu for torch-packed, got {device!r}")
+    loaded = load(model, precision=precision, device="cpu", threads=threads, settings=settings)
+    loaded.name = "torch-packed"
+    loaded.packing = prepare_packing(loaded.graph, _DTYPES.get(loaded.precision, torch.float32))
+    return loaded
+
+
 def load_compiled(
     model: str | Path,
     *,
@@ -126,14 +123,12 @@ def load_compiled(
     settings: Mapping[str, object],
 ) -> TorchEngine:
     """As `load`, with the network compiled by torch.compile: a minute at the first batch, and again
-    at the first batch of another size. Nothing is packed.
+    at the first batch of another size.
 
     The choice of detections is not compiled. Raises ConfigError, also where there is no C++
     compiler.
     """
-    loaded = _load_plain(
-        model, precision=precision, device=device, threads=threads, settings=settings
-    )
+    loaded = load(model, precision=precision, device=device, threads=threads, settings=settings)
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "engine: expected a C++ compiler for torch-compile (g++, clang++ or $CXX), found none"
