@@ -4,14 +4,13 @@
 Random weights of each architecture, for speed alone, are exported and
 quantised once on the same pictures: `int8` as the library places the quantisers, `stock` as NNCF
 does with its own settings, `onnxruntime int8` by ONNX Runtime's static quantisation (QDQ, per
-channel). All run in turn, one batch each, so that what the machine does besides meets all alike.
-Ratios are of medians: how many times faster `int8` is.
+channel). All run interleaved, one batch each in random order. `speed` is the paired ratio
+to `stock`, with its 95 % interval.
 """
 
 import argparse
 import importlib
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from inference import measure, save_classifier
+from inference import rows_of, save_classifier
 
 from vovnet.export import int8
 from vovnet.export.check import made_up_pictures
 from vovnet.export.model import export_model, load_source
+from vovnet.profiling.compare import Sampling, interleave
 from vovnet.profiling.machine import describe_machine
 from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.openvino import import_openvino, openvino_core
@@ -44,7 +44,7 @@ def feeds(count: int, batch: int = 1) -> list[dict[str, Any]]:
 def write_files(name: str, work: Path) -> dict[str, Path]:
     """Of each competitor its file."""
     folder = save_classifier(name, work / name)
-    files = {key: folder / f"{key.replace(' ', '_')}.xml" for key in ("fp32", "stock", "int8")}
+    files = {key: folder / f"{key.replace(' ', '_')}.xml" for key in ("stock", "int8", "fp32")}
     files["onnxruntime int8"] = folder / "onnxruntime_int8.onnx"
     source, onnx_file = load_source(folder), folder / "model.onnx"
     for file, form in ((onnx_file, "onnx"), (files["fp32"], "openvino")):
@@ -105,28 +105,11 @@ def runs_of(files: dict[str, Path], batch: int, threads: int) -> dict[str, Run]:
     return runs
 
 
-def rows_of(model: str, batch: int, times: dict[str, list[float]]) -> list[dict[str, object]]:
-    ours = statistics.median(times["int8"])
-    return [
-        {
-            "model": model,
-            "batch": batch,
-            "engine": name,
-            "ms": round(1000 * statistics.median(values), 2),
-            "ms_min": round(1000 * min(values), 2),
-            "ms_max": round(1000 * max(values), 2),
-            "rounds": len(values),
-            "ratio": round(statistics.median(values) / ours, 2),
-            "ratio_of_least": round(min(values) / min(times["int8"]), 2),
-        }
-        for name, values in times.items()
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
+    parser.add_argument("--rounds", type=int, default=10, help="of each model and batch, at least")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each model and batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -137,7 +120,8 @@ def main() -> None:
             files = write_files(model, Path(name))
             for batch in given.batches:
                 runs = runs_of(files, batch, given.threads)
-                rows += rows_of(model, batch, measure(runs, given.seconds))
+                sampling = Sampling(min_rounds=given.rounds, max_s=given.seconds)
+                rows += rows_of(model, batch, interleave(runs, sampling))
                 for row in rows[-len(runs) :]:
                     print("  ".join(f"{value}" for value in row.values()), flush=True)
     if given.json:
