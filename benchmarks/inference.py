@@ -122,6 +122,12 @@ def rows_of(model: str, batch: int, measured: Comparison) -> list[dict[str, obje
     return rows
 
 
+def write_record(path: Path, rows: list[dict[str, object]], *, threads: int) -> None:
+    machine = describe_machine(torch.device("cpu"))
+    record = {"machine": machine, "threads": threads, "rows": rows}
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
 def main() -> None:
     bundled = sorted(bundled_models())
     parser = argparse.ArgumentParser(description=__doc__)
@@ -143,9 +149,7 @@ def main() -> None:
                 for row in rows[-len(runs) :]:
                     print("  ".join(f"{value}" for value in row.values()), flush=True)
     if given.json:
-        machine = describe_machine(torch.device("cpu"))
-        record = {"machine": machine, "threads": given.threads, "rows": rows}
-        given.json.write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_record(given.json, rows, threads=given.threads)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ to `stock`, with its 95 % interval.
 
 import argparse
 import importlib
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from inference import rows_of, save_classifier
+from inference import rows_of, save_classifier, write_record
 
 from vovnet.export import int8
 from vovnet.export.check import made_up_pictures
 from vovnet.export.model import export_model, load_source
 from vovnet.profiling.compare import Sampling, interleave
-from vovnet.profiling.machine import describe_machine
 from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.openvino import import_openvino, openvino_core
 
@@ -125,9 +123,7 @@ def main() -> None:
                 for row in rows[-len(runs) :]:
                     print("  ".join(f"{value}" for value in row.values()), flush=True)
     if given.json:
-        machine = describe_machine(torch.device("cpu"))
-        record = {"machine": machine, "threads": given.threads, "rows": rows}
-        given.json.write_text(json.dumps(record, indent=2, default=str) + "\n")
+        write_record(given.json, rows, threads=given.threads)
 
 
 if __name__ == "__main__":

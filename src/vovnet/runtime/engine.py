@@ -64,8 +64,8 @@ def load_engine(
 
     engine `auto` is an exported file's own; of a folder an export that lies in it, where its engine
     is installed and no GPU is asked for, else torch. precision `auto` is fp32, or int8 of a file
-    that is quantised. threads sets the CPU
-    threads. settings go over the folder's own settings of the network (min_score, max_detections).
+    that is quantised. threads sets the CPU threads. settings go over the folder's own settings of
+    the network (min_score, max_detections).
     Raises ConfigError on an unknown engine, precision or device, on a folder that is not complete
     and right, and on an export of other weights than the folder's.
     """
