@@ -175,6 +175,8 @@ ORDER = [
     "cli.val_classes",
     "cli.val_detections",
     "cli.val",
+    "cli.options",
+    "cli.measure",
     "cli.main",
     "__main__",
     "vovnet",
@@ -245,7 +247,7 @@ WEIGHTS_MAY_IMPORT = {"huggingface_hub", "safetensors"}
 # Who may load late, and what: modules whose name starts with the prefix.
 LATE_LOADERS = {
     "vovnet": "vovnet.",
-    "cli.main": "vovnet.cli.",
+    "cli.options": "vovnet.cli.",
     "runtime.engine": "vovnet.runtime.",
     "training.config": "vovnet.recipes.",
 }
@@ -538,8 +540,8 @@ def test_lazy_entries_keep_the_direction() -> None:
         assert target.startswith(LATE_LOADERS["runtime.engine"]), target
         assert order[target.split(":")[0]] < order["vovnet.runtime.engine"], target
     for target in _lazy.COMMANDS.values():
-        assert target.startswith(LATE_LOADERS["cli.main"]), target
-        assert order[target.split(":")[0]] < order["vovnet.cli.main"], target
+        assert target.startswith(LATE_LOADERS["cli.options"]), target
+        assert order[target.split(":")[0]] < order["vovnet.cli.options"], target
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in PACKAGE.glob("recipes/[!_]*.py")))

@@ -140,8 +140,7 @@ def test_sigterm_in_predict_keeps_what_is_done(
 
 
 def test_sigterm_ends_any_verb_as_an_exception(monkeypatch) -> None:
-    monkeypatch.setattr("vovnet.cli.main.load", lambda target: None)
-    monkeypatch.setattr("vovnet.cli.main._call", lambda *a: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("vovnet.cli.main.run_verb", lambda *a: signal.raise_signal(signal.SIGTERM))
     assert run(monkeypatch, "models") == 143
 
 

@@ -7,11 +7,25 @@ interrupted after saving.
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vovnet._lazy import COMMANDS, load
+from vovnet.cli.measure import app as measuring
+from vovnet.cli.options import (
+    Data,
+    DataFormat,
+    Device,
+    Engine,
+    Json,
+    LabelledData,
+    MaxDetections,
+    Model,
+    Precision,
+    TestTimeViews,
+    Threads,
+    run_verb,
+)
 from vovnet.errors import ConfigError, DataError, TrainingError
 
 app = typer.Typer(
@@ -19,27 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Option(help="A model folder, or the name of a bundled model.")]
-Data = Annotated[
-    Path, typer.Option(help="Data set: a folder in COCO, Pascal VOC or YOLO format, see --format.")
-]
-LabelledData = Annotated[Path, typer.Option(help="Data set, as for train.")]
-DataFormat = Annotated[
-    str, typer.Option("--format", help="auto, coco, voc or yolo; auto: the one that lies there.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
-Engine = Annotated[str, typer.Option(help="auto, torch, openvino, onnxruntime, torch-packed, ...")]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8 (exports).")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
-MaxDetections = Annotated[
-    int | None, typer.Option(min=1, help="Objects per image; default: the model's own limit.")
-]
-TestTimeViews = Annotated[
-    str | None,
-    typer.Option("--tta", help="Detector: merge further views, such as flip,0.8,1.25,flip*0.8."),
-]
 
 
 def main() -> None:
@@ -61,12 +54,6 @@ def main() -> None:
 def _fail(error: Exception, code: int) -> None:
     print(f"vovnet: {error}", file=sys.stderr)
     sys.exit(code)
-
-
-def _call(verb: str, *arguments: Any) -> None:
-    """Runs a verb's function, whose result is the exit code."""
-    run: Any = load(COMMANDS[verb])
-    raise typer.Exit(run(*arguments))
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,7 +81,7 @@ def models(
     json: Json = False,
 ) -> None:
     """List the models that can be built, and those that come with the package."""
-    _call("models", pattern, task, json)
+    run_verb("models", pattern, task, json)
 
 
 @app.command()
@@ -105,7 +92,7 @@ def recipes(
     json: Json = False,
 ) -> None:
     """List the trainings that come with the package: what they reach, and their commands."""
-    _call("recipes", pattern, json)
+    run_verb("recipes", pattern, json)
 
 
 @app.command()
@@ -118,7 +105,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Name every bad file and annotation of a data set; exit code 3 if there is one."""
-    _call("check", data, split or ["train", "val"], format, json)
+    run_verb("check", data, split or ["train", "val"], format, json)
 
 
 @app.command("convert-data")
@@ -137,7 +124,7 @@ def convert_data(
     json: Json = False,
 ) -> None:
     """Write a data set in another format, no label lost: COCO, Pascal VOC or YOLO."""
-    _call("convert-data", data, to, output, split or [], format, link, json)
+    run_verb("convert-data", data, to, output, split or [], format, link, json)
 
 
 @app.command()
@@ -151,7 +138,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Turn a checkpoint of another VoVNet project into a model folder, with a report."""
-    _call("convert", file, to, leave_out or [], json)
+    run_verb("convert", file, to, leave_out or [], json)
 
 
 @app.command()
@@ -234,7 +221,7 @@ def train(
         "seed": seed,
         "name": name,
     }
-    _call("train", recipe, config, flags, setting or [], resume, skip_bad)
+    run_verb("train", recipe, config, flags, setting or [], resume, skip_bad)
 
 
 @app.command()
@@ -265,7 +252,7 @@ def val(
     """Measure a model on a labelled split: box and mask AP, or accuracy of a classifier."""
     run_on = (device, threads, json, engine, precision, output, skip_bad)
     detector = (max_detections, metric, tta, html)
-    _call("val", model, data, split, format, bootstrap, *run_on, detector)
+    run_verb("val", model, data, split, format, bootstrap, *run_on, detector)
 
 
 @app.command()
@@ -319,7 +306,7 @@ def predict(
     common = (model, source, output, engine, precision, device, threads, json)
     detector = (save, score_threshold or None, max_detections, tile, overlap, tta)
     classifier = (top, features, batch_size, fast_decode, test_size)
-    _call("predict", *common, detector, classifier)
+    run_verb("predict", *common, detector, classifier)
 
 
 @app.command()
@@ -340,110 +327,7 @@ def export(
 ) -> None:
     """Write a model as one ONNX or OpenVINO file, once it answers as torch does; else exit 4."""
     int8 = (data, split, calibration, max_drop)
-    _call("export", model, format, precision, output, raw, images, json, int8)
+    run_verb("export", model, format, precision, output, raw, images, json, int8)
 
 
-@app.command()
-def profile(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="Folders, exports, bundled models, architectures, .onnx files."),
-    ],
-    engine: Annotated[
-        list[str] | None, typer.Option(help="auto, or an engine of model folders; repeatable.")
-    ] = None,
-    device: Device = "auto",
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; repeatable.")] = None,
-    image_size: Annotated[
-        list[str] | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; repeatable.")
-    ] = None,
-    threads: Annotated[
-        list[int] | None, typer.Option(min=1, help="CPU threads; repeatable.")
-    ] = None,
-    precision: Annotated[
-        list[str] | None, typer.Option(help="auto, fp32, bf16 or fp16; repeatable.")
-    ] = None,
-    layout: Annotated[
-        list[str] | None, typer.Option(help="nhwc or nchw, of torch modules; repeatable.")
-    ] = None,
-    source: Annotated[
-        Path | None, typer.Option(help="Picture to look at; default: random pixels.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Least number of times.")] = 30,
-    max_seconds: Annotated[
-        float, typer.Option(min=0, help="Time after which no further rounds start.")
-    ] = 60.0,
-    energy: Annotated[bool, typer.Option(help="Measure joules where there is a meter.")] = True,
-    end_to_end: Annotated[bool, typer.Option(help="Time the stages from file to results.")] = True,
-    cold_starts: Annotated[int, typer.Option(min=0, help="Fresh processes to time.")] = 3,
-    roofline: Annotated[bool, typer.Option(help="Time and place each layer.")] = True,
-    new_ceilings: Annotated[
-        bool, typer.Option("--new-ceilings", help="Measure the device's ceilings afresh.")
-    ] = False,
-    layers: Annotated[int, typer.Option(min=0, help="Slowest layers to print.")] = 10,
-    data: Annotated[
-        Path | None, typer.Option(help="Data set to measure accuracy on; default: as recorded.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "val",
-    csv: Annotated[Path | None, typer.Option(help="Write a CSV file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one HTML page with plots.")] = None,
-    update_card: Annotated[
-        bool, typer.Option("--update-card", help="Write the cost into the folder's config.json.")
-    ] = False,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Saved --json, or a model folder to run against; exit code 4 on a rise."),
-    ] = None,
-    max_increase: Annotated[str, typer.Option(help="Rise that is allowed: 5% or 0.05.")] = "5%",
-    seed: Annotated[int, typer.Option(help="Of the order of rounds.")] = 0,
-    transition_weights: Annotated[
-        Path | None,
-        typer.Option(help="Draw which depths each aggregation uses (.png, .svg), and end."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Measure what an image costs: operations, milliseconds, joules, and the roofline."""
-    if transition_weights is not None:
-        _call("transition", models, transition_weights)
-    sweep = (batch or [], image_size or [], threads or [], precision or [], layout or [])
-    measured = (energy, end_to_end, cold_starts, roofline, new_ceilings, layers)
-    outputs = (data, split, csv, html, update_card, baseline, max_increase, seed, json)
-    arguments = (models, engine or ["auto"], device, *sweep, source, rounds, max_seconds)
-    _call("profile", *arguments, *measured, *outputs)
-
-
-@app.command()
-def choose(
-    folders: Annotated[
-        list[str] | None, typer.Argument(help="Model folders beside the bundled ones.")
-    ] = None,
-    task: Annotated[str, typer.Option(help="classify, detect or segment.")] = "segment",
-    max_ms: Annotated[
-        float | None, typer.Option(help="Milliseconds one image may take, file to results.")
-    ] = None,
-    max_joules: Annotated[float | None, typer.Option(help="Joules one image may take.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data set to measure accuracy on; default: as recorded.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "val",
-    architectures: Annotated[
-        str | None, typer.Option(help="Pattern of architectures to list with their counts.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="auto, or the engine to run on.")] = "auto",
-    device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "fp32",
-    threads: Threads = None,
-    source: Annotated[
-        Path | None, typer.Option(help="Picture to look at; default: random pixels.")
-    ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; default: 512, 224.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Least number of times.")] = 30,
-    max_seconds: Annotated[float, typer.Option(min=0, help="For each model.")] = 60.0,
-    json: Json = False,
-) -> None:
-    """Find the most accurate model that fits a budget on this machine; 4 when none does."""
-    limits = (folders or [], task, max_ms, max_joules, data, split, architectures)
-    running = (engine, device, precision, threads, source, image_size, rounds, max_seconds)
-    _call("choose", *limits, *running, json)
+app.add_typer(measuring)
