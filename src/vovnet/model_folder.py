@@ -26,6 +26,7 @@ from vovnet.errors import ConfigError
 from vovnet.files import atomic_write_bytes
 from vovnet.graph_file import is_graph_file, read_metadata
 
+TRAINED_FOLDER = "model"  # in the run folder of a training
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
@@ -197,8 +198,14 @@ def resolve_model(folder_or_name: str | Path) -> Path:
     names = ", ".join(sorted(bundled)) or "none"
     raise ConfigError(
         f"expected a model folder or the name of a bundled model ({names}), found neither at "
-        f"{folder_or_name!s}"
+        f"{folder_or_name!s}; an architecture of `vovnet models` has to be trained first"
     )
+
+
+def name_of(model: Path) -> str:
+    """What to call a model folder: its run's name where `train` wrote it, else its own."""
+    path = model.resolve()
+    return path.parent.name if path.name == TRAINED_FOLDER else path.name
 
 
 def _read_bytes(path: Path, *, limit: int | None = None) -> bytes:

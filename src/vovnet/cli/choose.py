@@ -147,6 +147,7 @@ def _measure(
         accuracy=accuracy,
         time=model.stages.get(WHOLE, network),
         energy=None if result is None else result.energy,
+        engine=None if result is None else result.engine,
     )
 
 
@@ -185,12 +186,13 @@ def _print(
     console = plain_console()
     style = box.SIMPLE_HEAD if console.is_terminal else None
     table = Table(box=style, pad_edge=False)
-    for name in ("model", "accuracy", "one image, file to results", "J/image", "fits"):
+    for name in ("model", "engine", "accuracy", "one image, file to results", "J/image", "fits"):
         table.add_column(name)
     for choice in choices:
         one = choice.candidate
         cells = (
             one.name,
+            one.engine or "-",
             one.accuracy.format() if one.accuracy else "-",
             "-" if one.time is None else f"{milliseconds(one.time.median_ms)} ms",
             figure(None if one.energy is None else one.energy.energy_per_image_j),

@@ -19,7 +19,7 @@ from vovnet.classify_files import ClassifiedImage, classify_files
 from vovnet.errors import ConfigError
 from vovnet.files import new_run_dir
 from vovnet.images import find_images, printable
-from vovnet.model_folder import resolve_model
+from vovnet.model_folder import name_of, resolve_model
 from vovnet.predict import Predictor
 from vovnet.predict_files import predict_files, return_large_blocks
 from vovnet.published import find_published
@@ -237,7 +237,7 @@ def _refuse(options: DetectorOptions | ClassifierOptions, model: str, what: str)
 def _make_output(output: Path | None, model: str) -> Path:
     if output is None:
         is_name = find_published(model) is not None
-        name = model if is_name else resolve_model(model).resolve().name
+        name = model if is_name else name_of(resolve_model(model))
         return new_run_dir(Path("runs/predict"), name)
     output.mkdir(parents=True, exist_ok=True)
     return output

@@ -16,6 +16,7 @@ class Candidate:
     accuracy: Accuracy | None
     time: Timings | None
     energy: EnergyResult | None = None
+    engine: str | None = None
     error: str | None = None
 
 

@@ -15,7 +15,7 @@ from vovnet.errors import ConfigError
 from vovnet.exported import is_export
 from vovnet.graph_file import is_graph_file
 from vovnet.images import read_image
-from vovnet.model_folder import ModelConfig, bundled_models, load_config, resolve_model
+from vovnet.model_folder import ModelConfig, bundled_models, load_config, name_of, resolve_model
 from vovnet.models.deploy import fold_batch_norms
 from vovnet.models.zoo import create_model, list_models, task_of
 from vovnet.predict import Predictor
@@ -23,7 +23,7 @@ from vovnet.preprocess import Preprocess
 from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, printable
 from vovnet.profiling.roofline import DTYPES, synchronize
 from vovnet.published import PUBLISHED, find_published
-from vovnet.runtime.engine import choose_engine
+from vovnet.runtime.engine import find_candidates
 from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.torch import build_model, choose_device, set_threads
 
@@ -91,7 +91,7 @@ def find_target(text: str) -> Target:
         return Target(printable(path.name), "folder", load_config(path).task, path)
     if (path / "config.json").is_file() or text in bundled_models():
         folder = resolve_model(text)
-        name = printable(folder.resolve().name)
+        name = printable(name_of(folder))
         return Target(name, "folder", load_config(folder).task, folder)
     if text in list_models():
         return Target(text, "architecture", task_of(text), architecture=text)
@@ -133,7 +133,7 @@ def check_engine(target: Target, engine: str, device: str) -> None:
     what is not trained runs through torch.
     """
     if target.kind == "folder" and target.path is not None:
-        choose_engine(target.path, engine, device)
+        find_candidates(target.path, engine, device)
     elif target.kind != "onnx" and engine not in ("auto", "torch"):
         raise ConfigError(f"engine: expected torch for what is not trained, got {engine!r}")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from vovnet.errors import ConfigError, DataError
 from vovnet.files import atomic_write_text, new_run_dir
-from vovnet.model_folder import save_model_folder
+from vovnet.model_folder import TRAINED_FOLDER, save_model_folder
 from vovnet.models.weights import load_tensors
 from vovnet.models.zoo import task_of
 from vovnet.runtime.torch import choose_device, set_threads
@@ -353,7 +353,8 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
         "spent_s": position.spent_s,
     }
     run.report.step(record, fraction)
-    if position.step % run.config.log_every_steps == 0:
+    # The first too, so that a slow machine soon says how long it will take; the last for the curves.
+    if position.step % run.config.log_every_steps == 0 or position.step == 1 or fraction >= 1:
         if run.world.is_main:
             _write_record(run, record)
         run.report.log(record)
@@ -440,10 +441,11 @@ def _finish(run: _Run) -> TrainResult:
     metrics = run.task.evaluate(run.ema.module, bootstrap=FINAL_RESAMPLES)
     assert metrics is not None
     model_config = run.task.model_config(metrics, position=run.position, device=run.device)
-    folder = run.folder / "model"
+    folder = run.folder / TRAINED_FOLDER
     arrays = {name: value.numpy() for name, value in tensors.items()}
     file_bytes = sum(array.nbytes for array in arrays.values())
     card = run.task.card(model_config, run.ema.module, metrics, file_bytes=file_bytes)
     save_model_folder(folder, model_config, arrays, card=card)
     run.report.message(f"{folder}: {metrics.format()}")
+    run.report.message(f"try it: vovnet predict --model {folder} --source FILES")
     return TrainResult(run_dir=run.folder, model_dir=folder, metrics=metrics)
