@@ -104,7 +104,9 @@ class DenseSource(nn.Module):
         self.learned = NormActConv(channels, channels, kernel=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pooled(functional.max_pool2d(x, 2, stride=2, ceil_mode=True))
+        # As ceil_mode would, on a map of one pixel too, where not every engine pools with it.
+        padded = functional.pad(x, (0, 1, 0, 1), mode="replicate")
+        pooled = self.pooled(functional.max_pool2d(padded, 2, stride=2))
         return torch.cat([pooled, self.learned(self.reduce(x))], dim=1)
 
 
