@@ -359,8 +359,10 @@ def test_a_broken_mask_names_file_and_annotation(tmp_path: Path) -> None:
         ),
         (
             {"geometry": "whole", "short_sides": [64], "output_scale_range": [0.5, 1]},
-            r"output_scale_range: expected \(1, 1\) with geometry whole",
+            r"output_scale_range, first_scale: expected \(1, 1\) and 1 with geometry whole",
         ),
+        ({"first_scale": 0.0}, "augment.first_scale: expected a number above 0, at most 1"),
+        ({"full_size_from": 1.5}, "augment.full_size_from: expected 0..1.0"),
         ({"output_scale_range": [0.5, 0.2]}, "augment.output_scale_range: expected 0 < low"),
         ({"output_scale_range": 1}, "augment.output_scale_range: expected two numbers"),
         ({"flip": 0.5}, "expected some of output_size, .* got 'flip'"),
@@ -444,6 +446,7 @@ MODES: dict[str, dict[str, object]] = {
     "copy_paste": {"copy_paste": 1.0},
     "all": {**SSD_PRESET, "mosaic": 0.5, "mixup": 0.5, "copy_paste": 0.5, "quarter_turn": 0.5},
     "batch sizes": {"output_scale_range": (0.5, 2.0)},
+    "growing": {"first_scale": 0.5},
 }
 
 
@@ -503,6 +506,20 @@ def test_objects_stay_on_their_colours(tmp_path: Path, mode: str) -> None:
                 seen += 1
                 assert (image[..., label][inner] > least).float().mean() > 0.97
     assert seen >= 4
+
+
+@pytest.mark.parametrize(
+    ("progress", "side"), [(0.0, 64), (0.1, 64), (0.35, 96), (0.6, 128), (0.7, 128), (1.0, 128)]
+)
+def test_pictures_and_their_objects_grow(tmp_path: Path, progress: float, side: int) -> None:
+    data = dataset(tmp_path, [annotation((0, 0, WIDTH, HEIGHT))])
+    preset = replace(PLAIN, output_size=(128, 128), first_scale=0.5, full_size_from=0.7)
+    train = TrainDataset(data, Preprocess(scale=1.0), preset=preset)
+    train.set_place(0, progress)
+    image, target, _ = train[0]
+    assert image.shape[:2] == (round(HEIGHT * side / 128), round(WIDTH * side / 128))
+    (x1, y1, x2, y2) = target.boxes_xyxy[0].tolist()
+    assert (y2 - y1, x2 - x1) == image.shape[:2]
 
 
 def test_batches_of_one_size_that_changes(tmp_path: Path) -> None:

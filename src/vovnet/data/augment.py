@@ -166,10 +166,11 @@ class TrainDataset(Dataset[TrainItem]):
     def _output_size(self, index: int) -> tuple[int, int]:
         """Of the batch that begins with this image."""
         (low, high), (height, width) = self.preset.output_scale_range, self.preset.output_size
-        if (low, high) == (1, 1):
+        factor = self.preset.scale_at(self._progress)
+        if (low, high, factor) == (1, 1, 1):
             return height, width
         generator = np.random.default_rng([self.seed, self._epoch, index, 1])
-        factor = generator.uniform(low, high)
+        factor *= generator.uniform(low, high)
         sides = (max(1, round(side * factor / BATCH_DIVISOR)) for side in (height, width))
         return next(sides) * BATCH_DIVISOR, next(sides) * BATCH_DIVISOR
 

@@ -23,6 +23,7 @@ _LIMITS = {
     "mixup": 1.0,
     "copy_paste": 1.0,
     "mixed_until": 1.0,
+    "full_size_from": 1.0,
 }
 
 SSD_PRESET: dict[str, Any] = {"geometry": "ssd", "photometric": 0.5, "horizontal_flip": 0.5}
@@ -47,6 +48,8 @@ class TrainPreset:
     photometric         probability of each of SSD's four changes of colour
     output_scale_range  each batch's sides are the output size times a factor of this range, to
                         multiples of 32 pixels; objects grow with them. (1, 1): as they are
+    first_scale         a further such factor at the start of the training, which grows evenly to 1
+    full_size_from      share of the training from which that factor is 1
     mosaic, mixup, copy_paste    probabilities: four pictures in one, two blended, objects of
                         another picture pasted by their masks
     mixed_until         share of the training after which these three no longer happen
@@ -68,6 +71,8 @@ class TrainPreset:
     short_sides: tuple[int, ...] = ()
     photometric: float = 0.0
     output_scale_range: tuple[float, float] = (1.0, 1.0)
+    first_scale: float = 1.0
+    full_size_from: float = 0.7
     mosaic: float = 0.0
     mixup: float = 0.0
     copy_paste: float = 0.0
@@ -90,11 +95,22 @@ class TrainPreset:
             raise ConfigError(
                 f"augment.geometry: expected window, ssd or whole, got {self.geometry!r}"
             )
+        if not (_is_number(self.first_scale) and 0 < self.first_scale <= 1):
+            raise ConfigError(
+                f"augment.first_scale: expected a number above 0, at most 1, "
+                f"got {self.first_scale!r}"
+            )
         _check_short_sides(self)
         for name, limit in _LIMITS.items():
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= limit):
                 raise ConfigError(f"augment.{name}: expected 0..{limit}, got {value!r}")
+
+    def scale_at(self, progress: float) -> float:
+        """The factor of a batch's sides when this share of the training is done."""
+        if progress >= self.full_size_from:
+            return 1.0
+        return self.first_scale + (1 - self.first_scale) * progress / self.full_size_from
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "TrainPreset":
@@ -121,10 +137,10 @@ def _check_short_sides(preset: TrainPreset) -> None:
             "augment.geometry: expected window or ssd with mosaic, mixup or copy_paste, which need "
             "pictures of one size, got 'whole'"
         )
-    if whole and preset.output_scale_range != (1.0, 1.0):
+    if whole and (*preset.output_scale_range, preset.first_scale) != (1.0, 1.0, 1.0):
         raise ConfigError(
-            "augment.output_scale_range: expected (1, 1) with geometry whole, got "
-            f"{preset.output_scale_range!r}"
+            "augment.output_scale_range, first_scale: expected (1, 1) and 1 with geometry whole, "
+            f"got {preset.output_scale_range!r} and {preset.first_scale!r}"
         )
 
 
