@@ -1,35 +1,48 @@
-"""The two peers of `train_vs_peers.py`: how each is built, trained within a budget, and asked.
-
-Both learn at the same scale as ours, from every image of the train split, and keep what their own
-toolkit gives: torchvision its model and losses; Ultralytics its trainer's data, augmentation,
-losses, optimizer, clipping and weight averaging.
+"""What comparisons with peers trained from scratch share: the peers' environment, the budget,
+training torchvision's and Ultralytics' networks within it, and scoring with intervals over images.
 """
 
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
+import platform
 import random
+import subprocess
+import sys
+import sysconfig
 import time
-from collections.abc import Callable
+import venv
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-SCALE = 1.5
-MAX_DETECTIONS = 500
-THREADS = 2
+THREADS = int(os.environ.get("THREADS", "2"))
 SEED = 0
-CONFIDENCE = 0.01
+PEER_PACKAGES = (
+    "ultralytics==8.4.190",
+    "ultralytics-thop==2.2.3",
+    "opencv-python-headless==5.0.0.93",
+    "scipy==1.17.1",
+    "polars==2.1.0",
+    "polars-runtime-32==2.1.0",
+    "psutil==7.2.2",
+    "py-cpuinfo==9.0.0",
+)
 Predict = Callable[[np.ndarray], Any]
+ToResults = Callable[[int, Any], list[dict[str, Any]]]
+Example = tuple[torch.Tensor, dict[str, Any]]
 
 
 @dataclass
@@ -68,6 +81,7 @@ class Budget:
         """Return what the training spent and saw, as plain JSON types."""
         return {
             "cpu_seconds": round(time.process_time() - self.started_cpu, 1),
+            "core_minutes": round((time.process_time() - self.started_cpu) / 60, 1),
             "wall_seconds": round(time.perf_counter() - self.started_wall, 1),
             "images_seen": images_seen,
             "epochs": round(images_seen / epoch_size, 2),
@@ -87,155 +101,171 @@ def read_rgb(data_dir: Path, info: dict[str, Any]) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def read_masks(coco: COCO, image_id: int) -> np.ndarray:
-    """Decode the masks of an image to uint8 (N, H, W)."""
-    info = coco.imgs[image_id]
-    masks = [coco.annToMask(annotation) for annotation in coco.imgToAnns[image_id]]
-    return np.stack(masks) if masks else np.zeros((0, info["height"], info["width"]), np.uint8)
+def make_environment(folder: Path) -> None:
+    """Make the peers' environment: this interpreter's packages, this source, and Ultralytics."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
+    shared = (sysconfig.get_paths()["purelib"], Path(__file__).resolve().parents[1] / "src")
+    (Path(own.strip()) / "project.pth").write_text("\n".join(map(str, shared)))
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", *PEER_PACKAGES], check=True)
 
 
-# A crop of 171 pixels is 256 for the network and holds about 11 nuclei. Torchvision's default of
-# 512 sampled boxes per image, up to 128 of them with masks, would leave less than half the steps.
-CROP = 171
-MASKRCNN = {
-    "batch_size": 4,
-    "crop": CROP,
-    "optimizer": "AdamW",
-    "learning_rate": 3e-4,
-    "weight_decay": 1e-4,
-    "gradient_clip": 10.0,
-    "box_batch_size_per_image": 64,
-}
+def start(arguments: argparse.Namespace) -> None:
+    """Make the work folder, and set the threads and the seed that every contestant shares.
+
+    Begins the program anew with threads that sleep while they wait, unless they do already.
+    """
+    if os.environ.get("OMP_WAIT_POLICY") != "passive":
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    arguments.work_dir = arguments.work_dir.resolve()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(SEED)
+    random.seed(SEED)
 
 
-def build_maskrcnn() -> torch.nn.Module:
-    """Build Mask R-CNN with random weights, for which torchvision takes trainable BatchNorm."""
-    sizes = ((16,), (32,), (64,), (128,), (256,))
-    return torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=2,
-        rpn_anchor_generator=torchvision.models.detection.anchor_utils.AnchorGenerator(
-            sizes, ((0.5, 1.0, 2.0),) * len(sizes)
-        ),
-        min_size=round(CROP * SCALE),
-        max_size=4096,
-        box_batch_size_per_image=MASKRCNN["box_batch_size_per_image"],
-        box_detections_per_img=MAX_DETECTIONS,
-    )
+def machine() -> dict[str, Any]:
+    """Return what the numbers depend on: versions, processor, threads."""
+    model = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
+    packages = ("torch", "torchvision", "pycocotools", "ultralytics")
+    found = [package for package in packages if importlib.util.find_spec(package)]
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in found},
+        "hardware": f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "precision": "fp32",
+    }
 
 
-def random_crop(data_dir: Path, coco: COCO, image_id: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Cut a random square, flipped and turned by quarters at random: image (3, S, S) in [0, 1]."""
-    image = read_rgb(data_dir, coco.imgs[image_id])
-    masks = read_masks(coco, image_id)
-    top = random.randint(0, max(0, image.shape[0] - CROP))
-    left = random.randint(0, max(0, image.shape[1] - CROP))
-    window = (slice(top, top + CROP), slice(left, left + CROP))
-    turns, mirrored = random.randrange(4), random.random() < 0.5
-    image = np.rot90(image[window], turns)
-    masks = np.rot90(masks[:, *window], turns, axes=(1, 2))
-    if mirrored:
-        image, masks = image[:, ::-1], masks[:, :, ::-1]
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
-    mask_tensor = torch.from_numpy(np.ascontiguousarray(masks[masks.sum((1, 2)) >= 8]))
-    boxes = torchvision.ops.masks_to_boxes(mask_tensor) if len(mask_tensor) else torch.zeros(0, 4)
-    boxes[:, 2:] += 1
-    labels = torch.ones(len(boxes), dtype=torch.int64)
-    return pixels, {"boxes": boxes, "labels": labels, "masks": mask_tensor}
+def precision_summary(evaluation: COCOeval) -> list[float]:
+    """Return AP, AP50, AP75 at the detection limit, from eval['precision'] (T, R, K, 1, 1)."""
+    precision = evaluation.eval["precision"]
+    return [
+        float(np.mean(values[values > -1])) for values in (precision, precision[0], precision[5])
+    ]
 
 
-def train_maskrcnn(model: torch.nn.Module, data_dir: Path, *, budget: Budget) -> dict[str, Any]:
-    """Train on random crops until the budget is spent; return what was spent and seen."""
-    coco = load_split(data_dir, "train")
-    image_ids = sorted(coco.imgs)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=MASKRCNN["weight_decay"])
-    queue: list[int] = []
+def score(
+    truth: COCO,
+    results: list[dict[str, Any]],
+    *,
+    iou_type: str,
+    max_detections: int,
+    resamples: int = 500,
+) -> np.ndarray:
+    """Return AP, AP50, AP75, and then the same of images drawn with replacement: (1 + n, 3).
+
+    The draws are the same for every contestant, so differences of two of them are paired.
+    """
+    with contextlib.redirect_stdout(None):
+        found = truth.loadRes(results) if results else COCO()
+        evaluation = COCOeval(truth, found, iou_type)
+        evaluation.params.maxDets = [max_detections]
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        summaries = [precision_summary(evaluation)]
+        num_images = len(evaluation.params.imgIds)
+        by_class = np.array(evaluation.evalImgs, dtype=object).reshape(-1, num_images)
+        generator = np.random.default_rng(SEED)
+        for _ in range(resamples):
+            drawn = generator.integers(num_images, size=num_images)
+            evaluation.evalImgs = by_class[:, drawn].ravel().tolist()
+            evaluation.accumulate()
+            summaries.append(precision_summary(evaluation))
+    return np.array(summaries)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """Return the 95 % interval of bootstrap samples."""
+    return [round(float(value), 4) for value in np.percentile(samples, (2.5, 97.5))]
+
+
+def evaluate(
+    arguments: argparse.Namespace,
+    name: str,
+    *,
+    predict: Predict,
+    to_results: ToResults,
+    iou_type: str,
+    max_detections: int,
+    outcome: dict[str, Any],
+) -> None:
+    """Predict and score the test split; write `<name>.json`, its predictions and its samples."""
+    truth = load_split(arguments.data, "test")
+    results: list[dict[str, Any]] = []
+    for image_id, info in truth.imgs.items():
+        results += to_results(image_id, predict(read_rgb(arguments.data, info)))
+    (arguments.work_dir / f"{name}_predictions.json").write_text(json.dumps(results))
+    samples = score(truth, results, iou_type=iou_type, max_detections=max_detections)
+    np.save(arguments.work_dir / f"{name}_samples.npy", samples)
+    record: dict[str, Any] = {"name": name, "num_images": len(truth.imgs)}
+    for index, metric in enumerate(("ap", "ap50", "ap75")):
+        record[metric] = round(float(samples[0, index]), 4)
+        record[f"{metric}_interval"] = interval(samples[1:, index])
+    record |= {"num_detections": len(results), "max_detections": max_detections}
+    record |= machine() | outcome
+    (arguments.work_dir / f"{name}.json").write_text(json.dumps(record, indent=1))
+    print(json.dumps(record, indent=1))
+
+
+def accuracy_row(row: dict[str, Any], shown: Sequence[str]) -> str:
+    """Return one line of the accuracy table, of a record and the names of its last cells."""
+    cells = []
+    for metric in ("ap", "ap50", "ap75"):
+        low, high = row[f"{metric}_interval"]
+        cells.append(f"{row[metric]:.3f} ({low:.3f} to {high:.3f})")
+    cells += [str(row.get(key, "-")) for key in shown]
+    return f"| {row['name']} | " + " | ".join(cells) + " |"
+
+
+def difference(work_dir: Path, ours: str, peer: str) -> str:
+    """Return one line: the AP of ours less the peer's, with its paired interval."""
+    first, second = (np.load(work_dir / f"{name}_samples.npy")[:, 0] for name in (ours, peer))
+    low, high = interval((first - second)[1:])
+    return f"AP of {ours} less {peer}: {first[0] - second[0]:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def endless(image_ids: list[int]) -> Iterator[int]:
+    """Yield the images in passes, each in another random order."""
+    while True:
+        yield from random.sample(image_ids, len(image_ids))
+
+
+def train_torchvision(
+    model: torch.nn.Module,
+    image_ids: list[int],
+    read: Callable[[int], Example],
+    *,
+    budget: Budget,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Train a detector of torchvision until the budget is spent; return what was spent and seen.
+
+    read gives an image (3, H, W) in [0, 1] and its target, augmented anew each time.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings["weight_decay"])
+    order = endless(image_ids)
     step = 0
     while budget.fraction() < 1:
-        if len(queue) < MASKRCNN["batch_size"]:
-            queue += random.sample(image_ids, len(image_ids))
-        batch_ids = [queue.pop(0) for _ in range(MASKRCNN["batch_size"])]
-        batch = [random_crop(data_dir, coco, image_id) for image_id in batch_ids]
+        batch = [read(next(order)) for _ in range(settings["batch_size"])]
         for group in optimizer.param_groups:
-            group["lr"] = MASKRCNN["learning_rate"] * budget.rate_factor()
+            group["lr"] = settings["learning_rate"] * budget.rate_factor()
         losses = model([image for image, _ in batch], [target for _, target in batch])
         optimizer.zero_grad()
         budget.check(step, losses).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MASKRCNN["gradient_clip"])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["gradient_clip"])
         optimizer.step()
         step += 1
-    seen = step * MASKRCNN["batch_size"]
+    seen = step * settings["batch_size"]
     return budget.summary(images_seen=seen, epoch_size=len(image_ids), steps=step)
-
-
-def load_maskrcnn(work_dir: Path, confidence: float) -> Predict:
-    """Return a function from a uint8 RGB image to scores, boxes_xyxy and masks bool (N, H, W)."""
-    model = build_maskrcnn().eval()
-    model.load_state_dict(torch.load(work_dir / "maskrcnn.pt", weights_only=True))
-    model.roi_heads.score_thresh = confidence
-
-    @torch.inference_mode()
-    def predict(image: np.ndarray) -> tuple[np.ndarray, ...]:
-        model.transform.min_size = (round(min(image.shape[:2]) * SCALE),)
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
-        output = model([pixels])[0]
-        masks = output["masks"][:, 0] >= 0.5
-        return output["scores"].numpy(), output["boxes"].numpy(), masks.numpy()
-
-    return predict
-
-
-# Larger images are cut into tiles, because a square of 384 would shrink them. The default nominal
-# batch size of 64 would add up 8 batches for a step: too few steps here. "auto" is AdamW at 0.002.
-TILE = 256
-YOLO = {
-    "batch": 8,
-    "nbs": 8,
-    "imgsz": round(TILE * SCALE),
-    "optimizer": "auto",
-    "flipud": 0.5,
-    "mosaic_until": 0.8,
-}
-
-
-def tile_starts(length: int) -> list[int]:
-    """Return the starts of evenly spread tiles, with gaps of at most 32 of `length` pixels."""
-    count = math.ceil(length / (TILE + 32))
-    return [round(start) for start in np.linspace(0, max(0, length - TILE), count)]
-
-
-def outline(mask: np.ndarray, cv2: Any) -> np.ndarray | None:
-    """Return the outline of the largest part of a mask as (K, 2) x, y in [0, 1], or None."""
-    large = cv2.resize(mask, None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = cv2.approxPolyDP(max(contours, key=cv2.contourArea), 1.5, True)[:, 0]
-    if len(largest) < 3:
-        return None
-    return (largest + 0.5) / (large.shape[1], large.shape[0])
-
-
-def write_yolo_split(data_dir: Path, split: str, target: Path) -> None:
-    """Write the tiles of a split and their polygons as a YOLO segmentation folder."""
-    cv2 = importlib.import_module("cv2")
-    coco = load_split(data_dir, split)
-    for kind in ("images", "labels"):
-        (target / kind / split).mkdir(parents=True, exist_ok=True)
-    for image_id, info in coco.imgs.items():
-        image, masks = read_rgb(data_dir, info), read_masks(coco, image_id)
-        for top in tile_starts(info["height"]):
-            for left in tile_starts(info["width"]):
-                window = (slice(top, top + TILE), slice(left, left + TILE))
-                name = f"{Path(info['file_name']).stem}_{top}_{left}"
-                Image.fromarray(image[window]).save(target / "images" / split / f"{name}.png")
-                parts = [part for part in masks[:, *window] if part.sum() >= 8]
-                outlines = [outline(np.ascontiguousarray(part), cv2) for part in parts]
-                lines = [
-                    " ".join(["0", *(f"{value:.5f}" for value in points.ravel())])
-                    for points in outlines
-                    if points is not None
-                ]
-                (target / "labels" / split / f"{name}.txt").write_text("\n".join(lines))
 
 
 def quiet_ultralytics(work_dir: Path) -> None:
@@ -249,31 +279,21 @@ def quiet_ultralytics(work_dir: Path) -> None:
     importlib.import_module("ultralytics").settings.update({"sync": False})
 
 
-def prepare_yolo(arguments: argparse.Namespace) -> Any:
-    """Convert the data once and return Ultralytics' own trainer, set up but not run."""
-    dataset = arguments.work_dir / "yolo-data"
-    if not (dataset / "data.yaml").exists():
-        write_yolo_split(arguments.data, "train", dataset)
-        # Ultralytics wants a validation set; it is never looked at here.
-        names = "names: {0: nucleus}\ntrain: images/train\nval: images/train\n"
-        (dataset / "data.yaml").write_text(f"path: {dataset}\n{names}")
-    segment = importlib.import_module("ultralytics.models.yolo.segment")
-    own = {name: YOLO[name] for name in ("batch", "nbs", "imgsz", "optimizer", "flipud")}
+def setup_trainer(trainer_class: Any, work_dir: Path, settings: dict[str, Any]) -> Any:
+    """Return Ultralytics' own trainer for random weights, set up but not run."""
     quiet = {"amp": False, "plots": False, "val": False, "deterministic": False, "verbose": False}
-    trainer = segment.SegmentationTrainer(
+    trainer = trainer_class(
         overrides={
-            "model": "yolo11n-seg.yaml",
-            "data": str(dataset / "data.yaml"),
             "epochs": 10,
             "device": "cpu",
             "workers": 0,
             "cache": "ram",
             "pretrained": False,
-            "project": str(arguments.work_dir),
+            "project": str(work_dir),
             "name": "yolo-run",
             "exist_ok": True,
             "seed": SEED,
-            **own,
+            **settings,
             **quiet,
         }
     )
@@ -281,7 +301,7 @@ def prepare_yolo(arguments: argparse.Namespace) -> Any:
     return trainer
 
 
-def train_yolo(trainer: Any, *, budget: Budget) -> dict[str, Any]:
+def train_yolo(trainer: Any, *, budget: Budget, mosaic_until: float) -> dict[str, Any]:
     """Train with Ultralytics' data, loss, optimizer and averaging under the processor budget."""
     torch.set_num_threads(THREADS)
     trainer._model_train()
@@ -289,7 +309,7 @@ def train_yolo(trainer: Any, *, budget: Budget) -> dict[str, Any]:
     mosaic = True
     while budget.fraction() < 1:
         for batch in trainer.train_loader:
-            if mosaic and budget.fraction() > YOLO["mosaic_until"]:
+            if mosaic and budget.fraction() > mosaic_until:
                 mosaic = False
                 trainer._close_dataloader_mosaic()
             for group in trainer.optimizer.param_groups:
@@ -306,24 +326,8 @@ def train_yolo(trainer: Any, *, budget: Budget) -> dict[str, Any]:
     return budget.summary(images_seen=seen, epoch_size=epoch_size, steps=step)
 
 
-def load_yolo(work_dir: Path, confidence: float) -> Predict:
-    """Return a function from a uint8 RGB image to scores, boxes_xyxy and masks bool (N, H, W)."""
-    model = importlib.import_module("ultralytics").YOLO(str(work_dir / "yolo.pt"))
-
-    def predict(image: np.ndarray) -> tuple[np.ndarray, ...]:
-        result = model.predict(
-            np.ascontiguousarray(image[:, :, ::-1]),
-            imgsz=math.ceil(max(image.shape[:2]) * SCALE / 32) * 32,
-            conf=confidence,
-            max_det=MAX_DETECTIONS,
-            retina_masks=True,
-            device="cpu",
-            verbose=False,
-        )[0]
-        torch.set_num_threads(THREADS)  # the first call sets a number of its own
-        if result.masks is None:
-            return np.zeros(0), np.zeros((0, 4)), np.zeros((0, *image.shape[:2]), bool)
-        masks = result.masks.data.numpy().astype(bool)
-        return result.boxes.conf.numpy(), result.boxes.xyxy.numpy(), masks
-
-    return predict
+def save_yolo(trainer: Any, path: Path) -> None:
+    """Save the averaged weights as Ultralytics loads them."""
+    averaged = trainer.ema.ema
+    averaged.criterion = None
+    torch.save({"model": averaged, "train_args": vars(trainer.args)}, path)

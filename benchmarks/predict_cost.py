@@ -28,6 +28,9 @@ class TimedEngine:
         self.engine = engine
         self.network_s = 0.0
 
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
     def infer(self, images, sizes):
         started = time.perf_counter()
         raw = self.engine.infer(images, sizes)

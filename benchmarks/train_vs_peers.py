@@ -23,57 +23,44 @@ Every image is seen at 1.5 times its size, at training and at test. Usage, in th
 """
 
 import argparse
-import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import random
-import subprocess
-import sys
-import sysconfig
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peers import (
+from mask_peers import (
     CONFIDENCE,
     MASKRCNN,
     MAX_DETECTIONS,
-    SEED,
-    THREADS,
     YOLO,
-    Budget,
-    Predict,
     build_maskrcnn,
     load_maskrcnn,
-    load_split,
     load_yolo,
     prepare_yolo,
+    train_maskrcnn,
+)
+from peers import (
+    THREADS,
+    Budget,
+    Predict,
+    accuracy_row,
+    difference,
+    evaluate,
+    load_split,
+    machine,
+    make_environment,
     quiet_ultralytics,
     read_rgb,
-    train_maskrcnn,
+    save_yolo,
+    start,
     train_yolo,
 )
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-
-PEER_PACKAGES = (
-    "ultralytics==8.4.190",
-    "ultralytics-thop==2.2.3",
-    "opencv-python-headless==5.0.0.93",
-    "scipy==1.17.1",
-    "polars==2.1.0",
-    "polars-runtime-32==2.1.0",
-    "psutil==7.2.2",
-    "py-cpuinfo==9.0.0",
-)
 
 
 def to_results(image_id: int, output: Any) -> list[dict[str, Any]]:
@@ -91,77 +78,19 @@ def to_results(image_id: int, output: Any) -> list[dict[str, Any]]:
     return results
 
 
-def precision_summary(evaluation: COCOeval) -> list[float]:
-    """Return AP, AP50, AP75 at the detection limit, from eval['precision'] (T, R, K, 1, 1)."""
-    precision = evaluation.eval["precision"]
-    return [
-        float(np.mean(values[values > -1])) for values in (precision, precision[0], precision[5])
-    ]
-
-
-def score(truth: COCO, results: list[dict[str, Any]], *, resamples: int = 500) -> np.ndarray:
-    """Return AP, AP50, AP75 of masks, and then of images drawn with replacement: (1 + n, 3).
-
-    The draws are the same for every contestant, so differences of two of them are paired.
-    """
-    with contextlib.redirect_stdout(None):
-        evaluation = COCOeval(truth, truth.loadRes(results), "segm")
-        evaluation.params.maxDets = [MAX_DETECTIONS]
-        evaluation.params.areaRng = evaluation.params.areaRng[:1]
-        evaluation.params.areaRngLbl = ["all"]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        summaries = [precision_summary(evaluation)]
-        per_image = evaluation.evalImgs
-        generator = np.random.default_rng(SEED)
-        for _ in range(resamples):
-            drawn = generator.integers(len(per_image), size=len(per_image))
-            evaluation.evalImgs = [per_image[index] for index in drawn]
-            evaluation.accumulate()
-            summaries.append(precision_summary(evaluation))
-    return np.array(summaries)
-
-
-def interval(samples: np.ndarray) -> list[float]:
-    """Return the 95 % interval of bootstrap samples."""
-    return [round(float(value), 4) for value in np.percentile(samples, (2.5, 97.5))]
-
-
-def evaluate(
-    arguments: argparse.Namespace, name: str, *, predict: Predict, outcome: dict[str, Any]
+def evaluate_masks(
+    arguments: argparse.Namespace, name: str, predict: Predict, *, outcome: dict[str, Any]
 ) -> None:
-    """Predict and score the test split; write `<name>.json`, its predictions and its samples."""
-    truth = load_split(arguments.data, "test")
-    results: list[dict[str, Any]] = []
-    for image_id, info in truth.imgs.items():
-        results += to_results(image_id, predict(read_rgb(arguments.data, info)))
-    (arguments.work_dir / f"{name}_predictions.json").write_text(json.dumps(results))
-    samples = score(truth, results)
-    np.save(arguments.work_dir / f"{name}_samples.npy", samples)
-    record: dict[str, Any] = {"name": name, "num_images": len(truth.imgs)}
-    for index, metric in enumerate(("ap", "ap50", "ap75")):
-        record[metric] = round(float(samples[0, index]), 4)
-        record[f"{metric}_interval"] = interval(samples[1:, index])
-    record |= {"num_detections": len(results), "max_detections": MAX_DETECTIONS, **outcome}
-    record |= machine()
-    (arguments.work_dir / f"{name}.json").write_text(json.dumps(record, indent=1))
-    print(json.dumps(record, indent=1))
-
-
-def machine() -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, threads."""
-    model = platform.processor()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    packages = ("torch", "torchvision", "pycocotools", "ultralytics")
-    found = [package for package in packages if importlib.util.find_spec(package)]
-    return {
-        "versions": {package: importlib.metadata.version(package) for package in found},
-        "hardware": f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "precision": "fp32",
-    }
+    """Score the masks of a contestant on the test split."""
+    evaluate(
+        arguments,
+        name,
+        predict=predict,
+        to_results=to_results,
+        iou_type="segm",
+        max_detections=MAX_DETECTIONS,
+        outcome=outcome,
+    )
 
 
 def run_maskrcnn(arguments: argparse.Namespace) -> None:
@@ -174,7 +103,7 @@ def run_maskrcnn(arguments: argparse.Namespace) -> None:
         torch.save(model.state_dict(), arguments.work_dir / "maskrcnn.pt")
         training.write_text(json.dumps(outcome))
     predict = load_maskrcnn(arguments.work_dir, CONFIDENCE)
-    evaluate(arguments, "maskrcnn", predict=predict, outcome=json.loads(training.read_text()))
+    evaluate_masks(arguments, "maskrcnn", predict, outcome=json.loads(training.read_text()))
 
 
 def run_yolo(arguments: argparse.Namespace) -> None:
@@ -184,14 +113,12 @@ def run_yolo(arguments: argparse.Namespace) -> None:
     if not arguments.evaluate_only:
         trainer = prepare_yolo(arguments)
         budget = Budget(arguments.cpu_seconds, arguments.work_dir / "yolo_log.jsonl")
-        outcome = train_yolo(trainer, budget=budget) | {"settings": YOLO}
-        averaged = trainer.ema.ema
-        averaged.criterion = None
-        weights = {"model": averaged, "train_args": vars(trainer.args)}
-        torch.save(weights, arguments.work_dir / "yolo.pt")
+        outcome = train_yolo(trainer, budget=budget, mosaic_until=YOLO["mosaic_until"])
+        outcome |= {"settings": YOLO}
+        save_yolo(trainer, arguments.work_dir / "yolo.pt")
         training.write_text(json.dumps(outcome))
     predict = load_yolo(arguments.work_dir, CONFIDENCE)
-    evaluate(arguments, "yolo", predict=predict, outcome=json.loads(training.read_text()))
+    evaluate_masks(arguments, "yolo", predict, outcome=json.loads(training.read_text()))
 
 
 def load_ours(model_folder: Path, confidence: float) -> Predict:
@@ -209,9 +136,8 @@ def run_ours(arguments: argparse.Namespace) -> None:
     """Score a model folder; how it was trained is read from its config."""
     config = json.loads((arguments.model_folder / "config.json").read_text())
     outcome = {"settings": {"architecture": config["architecture"]}, **config["training"]}
-    evaluate(
-        arguments, "ours", predict=load_ours(arguments.model_folder, CONFIDENCE), outcome=outcome
-    )
+    predict = load_ours(arguments.model_folder, CONFIDENCE)
+    evaluate_masks(arguments, "ours", predict, outcome=outcome)
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
@@ -249,17 +175,6 @@ def run_speed(arguments: argparse.Namespace) -> None:
     print(json.dumps(record, indent=1))
 
 
-def accuracy_row(work_dir: Path, name: str) -> str:
-    """Return one line of the accuracy table."""
-    row = json.loads((work_dir / f"{name}.json").read_text())
-    cells = []
-    for metric in ("ap", "ap50", "ap75"):
-        low, high = row[f"{metric}_interval"]
-        cells.append(f"{row[metric]:.3f} ({low:.3f} to {high:.3f})")
-    spent = ("epochs", "images_seen", "steps", "cpu_seconds", "wall_seconds")
-    return f"| {name} | " + " | ".join([*cells, *(str(row.get(key, "-")) for key in spent)]) + " |"
-
-
 def speed_table(rates: dict[str, list[float]]) -> str:
     """Return the speed table; ratios are taken within a round, which keeps them paired."""
     lines = [
@@ -281,12 +196,10 @@ def run_report(arguments: argparse.Namespace) -> None:
     print("| | AP | AP50 | AP75 | epochs | images | steps | CPU s | wall s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        print(accuracy_row(work_dir, name))
-    aps = {name: np.load(work_dir / f"{name}_samples.npy")[:, 0] for name in names}
+        row = json.loads((work_dir / f"{name}.json").read_text())
+        print(accuracy_row(row, ("epochs", "images_seen", "steps", "cpu_seconds", "wall_seconds")))
     for name in names[1:] if "ours" in names else []:
-        gap = aps["ours"] - aps[name]
-        low, high = interval(gap[1:])
-        print(f"\nAP of ours less {name}: {gap[0]:+.3f} ({low:+.3f} to {high:+.3f}), paired.")
+        print(f"\n{difference(work_dir, 'ours', name)}, paired.")
     if (work_dir / "speed.json").exists():
         speed = json.loads((work_dir / "speed.json").read_text())
         print("\n" + speed_table(speed["images_per_second"]))
@@ -294,14 +207,7 @@ def run_report(arguments: argparse.Namespace) -> None:
 
 def run_setup(arguments: argparse.Namespace) -> None:
     """Make the peers' environment: this interpreter's packages, this source, and Ultralytics."""
-    folder = arguments.work_dir / "peers-venv"
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    own = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout
-    shared = (sysconfig.get_paths()["purelib"], Path(__file__).resolve().parents[1] / "src")
-    (Path(own.strip()) / "project.pth").write_text("\n".join(map(str, shared)))
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", *PEER_PACKAGES], check=True)
+    make_environment(arguments.work_dir / "peers-venv")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -328,15 +234,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run one verb with the thread settings that every contestant shares."""
-    if os.environ.get("OMP_WAIT_POLICY") != "passive":
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
     arguments = parse_arguments()
-    arguments.work_dir = arguments.work_dir.resolve()
-    arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(SEED)
-    random.seed(SEED)
+    start(arguments)
     arguments.run(arguments)
 
 

@@ -23,6 +23,15 @@ SMALL_DETECTOR = "centermask_lite_ese_vovnet19b_slim_dw"
 SMALL_CLASSIFIER = "ese_vovnet19b_slim_dw"
 
 
+@pytest.fixture(autouse=True)
+def engines_measured_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What the user's own cache knows of engines decides nothing here, and nothing is put there."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr("vovnet.runtime.measured.cache_folder", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A segmenter of two classes that finds 20 arbitrary objects in any image."""

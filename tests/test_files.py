@@ -14,6 +14,7 @@ from vovnet.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
+    cache_folder,
     new_run_dir,
 )
 
@@ -196,3 +197,11 @@ def test_run_names_that_are_no_folder_names_are_refused(tmp_path: Path, name: st
     with pytest.raises(ConfigError, match="run name: expected"):
         new_run_dir(tmp_path / "runs", name)
     assert names_in(tmp_path) == []
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/vovnet")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_folder() == Path("/home/me/.cache/vovnet")

@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "vovnet.cli.export:export",
     "models": "vovnet.cli.models:models",
     "predict": "vovnet.cli.predict:predict",
+    "pretrain": "vovnet.cli.pretrain:pretrain",
     "profile": "vovnet.cli.profile:profile",
     "recipes": "vovnet.cli.recipes:recipes",
     "train": "vovnet.cli.train:train",
@@ -41,6 +42,8 @@ ENGINES = {
     "torch": "vovnet.runtime.torch:load",
     "torch-packed": "vovnet.runtime.torch:load_packed",
     "torch-compile": "vovnet.runtime.torch:load_compiled",
+    "torch-triton": "vovnet.runtime.triton_osa:load",
+    "torch-export": "vovnet.runtime.torch_export:load",
     "openvino": "vovnet.runtime.openvino:load",
     "onnxruntime": "vovnet.runtime.onnxruntime:load",
 }

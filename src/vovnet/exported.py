@@ -13,7 +13,12 @@ from vovnet.model_folder import WEIGHTS_FILE, load_config
 EXPORT_KEY = "vovnet_export"
 ONNX_FILE = "model.onnx"
 OPENVINO_FILE = "openvino/model.xml"
-BESIDE = {"openvino": (OPENVINO_FILE, ONNX_FILE), "onnxruntime": (ONNX_FILE,)}
+TORCH_EXPORT_FILE = "model.pt2"
+BESIDE = {
+    "openvino": (OPENVINO_FILE, ONNX_FILE),
+    "onnxruntime": (ONNX_FILE,),
+    "torch-export": (TORCH_EXPORT_FILE,),  # where it is asked for by name
+}
 """Of each engine, the files in a model folder that it can run, the best first."""
 
 

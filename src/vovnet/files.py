@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, and numbered run folders."""
+"""Files that are either whole or not there: atomic writes, numbered run folders, the cache."""
 
 import json
 import os
@@ -92,6 +92,11 @@ def new_run_dir(root: Path, name: str) -> Path:
             continue
         return candidate
     raise AssertionError("unreachable: the numbers do not end")
+
+
+def cache_folder() -> Path:
+    """Where what was measured is kept: XDG_CACHE_HOME/vovnet, or ~/.cache/vovnet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet"
 
 
 def _check_run_name(name: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile, ZipFile
 
 from .errors import ConfigError
 
-SUFFIXES = (".onnx", ".xml")
+SUFFIXES = (".onnx", ".xml", ".pt2")
 
 _METADATA_PROPS = 14  # field of ONNX's ModelProto; key and value are fields 1 and 2 of each entry
 _MAX_TEXT_BYTES = 16 * 2**20
@@ -19,24 +20,26 @@ _ENTRY = re.compile(rb'<(vovnet_\w+) value="([^"<]*)"')
 
 
 def is_graph_file(path: str | Path) -> bool:
-    """Whether a path is that of a file, existing or not, in ONNX or OpenVINO's form."""
+    """Whether a path is that of a file, existing or not, in the form of ONNX, OpenVINO or
+    torch.export.
+    """
     return Path(path).suffix in SUFFIXES
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of an .onnx file, or those texts of an OpenVINO .xml file that are ours.
+    """The metadata of an .onnx file, the extra files of a .pt2 file, or those texts of an OpenVINO
+    .xml file that are ours.
 
     The network, which may be large, is passed over. Raises ConfigError where the file is missing or
     is of another form.
     """
-    read = _read_xml if path.suffix == ".xml" else _read_onnx
+    form, read = _READERS.get(path.suffix, ("ONNX", _read_onnx))
     try:
         with path.open("rb") as stream:
             return read(stream)
     except OSError as error:
         raise ConfigError(f"{path}: expected a readable file, got: {error.strerror}") from None
     except ValueError as error:
-        form = "OpenVINO" if path.suffix == ".xml" else "ONNX"
         raise ConfigError(f"{path}: expected {form}'s form: {error}") from None
 
 
@@ -48,6 +51,21 @@ def _read_xml(stream: BinaryIO) -> dict[str, str]:
     return {key.decode(): html.unescape(value.decode()) for key, value in found}
 
 
+def _read_pt2(stream: BinaryIO) -> dict[str, str]:
+    texts = {}
+    try:
+        with ZipFile(stream) as archive:
+            for entry in archive.infolist():
+                folder, _, name = entry.filename.rpartition("/")
+                if folder.endswith("/extra"):
+                    if entry.file_size > _MAX_TEXT_BYTES:
+                        raise ValueError(f"a text of {entry.file_size} bytes")
+                    texts[name] = archive.read(entry).decode()
+    except (BadZipFile, NotImplementedError) as error:
+        raise ValueError(str(error)) from None
+    return texts
+
+
 def _read_onnx(stream: BinaryIO) -> dict[str, str]:
     # Not the onnx package: it would read the weights too, and prediction must not need it.
     metadata = {}
@@ -56,6 +74,13 @@ def _read_onnx(stream: BinaryIO) -> dict[str, str]:
         key, value = (text.decode() for text in texts)
         metadata[key] = value
     return metadata
+
+
+_READERS = {
+    ".onnx": ("ONNX", _read_onnx),
+    ".xml": ("OpenVINO", _read_xml),
+    ".pt2": ("torch.export", _read_pt2),
+}
 
 
 def _fields(stream: BinaryIO, wanted: int) -> Iterator[bytes]:

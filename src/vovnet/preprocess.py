@@ -148,6 +148,11 @@ class Preprocess:
         box = (left * horizontal, top * vertical, right * horizontal, bottom * vertical)
         return np.array(source.resize((crop, crop), resample, box=box))
 
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) in pixels of the canvas that `batch` puts a resized image on."""
+        divisor = self.size_divisor if self.crop_size is None else 1
+        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
     def batch(
         self, images: Sequence[NDArray[np.uint8]]
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -163,9 +168,7 @@ class Preprocess:
         for index, image in enumerate(images):
             _check_image(image, f"images[{index}]")
         sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)  # (B, 2)
-        divisor = self.size_divisor if self.crop_size is None else 1
-        height, width = (-(-int(side) // divisor) * divisor for side in sizes.max(axis=0))
-        shape = (len(images), height, width, 3)
+        shape = (len(images), *self.padded_size(*sizes.max(axis=0).tolist()), 3)
         pixels = np.zeros(shape, dtype=np.uint8)
         for canvas, image in zip(pixels, images, strict=True):
             canvas[: image.shape[0], : image.shape[1]] = image

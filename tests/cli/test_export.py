@@ -1,6 +1,7 @@
 """`vovnet export`: what is written where, what is refused, and that a wrong file never stays."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,10 +137,39 @@ def test_profile_takes_exported_files(
     assert measured["model.xml"]["engine"] == "openvino"
 
 
+def test_a_program_of_torch(run: Run, classifier_folder: Path, tmp_path: Path) -> None:
+    """Written beside the weights, then predicted with and profiled."""
+    folder = tmp_path / "model"
+    shutil.copytree(classifier_folder, folder)
+    code, out, err = run("export", folder, "--format", "torch-export", "--json")
+    assert (code, err) == (0, "")
+    file = folder / "model.pt2"
+    assert json.loads(out)["files"] == [str(file)]
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    shares = []
+    for model in (folder, file):
+        common = ("--source", tmp_path / "picture.png", "--output", tmp_path / "out", "--json")
+        code, out, err = run("predict", "--model", model, *common)
+        assert code == 0, err
+        assert ("engine torch-export, fp32: it runs .pt2 files" in err) == (model == file)
+        (entry,) = json.loads(out)["predictions"]
+        shares.append([one["probability"] for one in entry["classes"]])
+    assert shares[1] == pytest.approx(shares[0], abs=1e-4)
+    few = ("--image-size", 64, "--rounds", 2, "--max-seconds", 1, "--cold-starts", 0)
+    off = ("--no-energy", "--no-end-to-end", "--no-roofline", "--json")
+    code, out, err = run("profile", file, *few, *off)
+    assert code == 0, err
+    (model,) = json.loads(out)["models"]
+    assert model["results"][0]["engine"] == "torch-export"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--format", "caffe"), "format: expected onnx or openvino, got 'caffe'"),
+        (("--format", "caffe"), "format: expected onnx or openvino or torch-export, got 'caffe'"),
+        (("--format", "tensorrt"), "--format onnx, then the trtexec line of docs/deploy.md"),
+        (("--format", "torch-export", "--output", "model.onnx"), "output: expected a .pt2 file"),
         (("--precision", "fp8"), "precision: expected fp32 or fp16 or int8, got 'fp8'"),
         (("--output", "model.xml"), "output: expected a .onnx file"),
         (("--raw",), "expected a detector for --raw"),

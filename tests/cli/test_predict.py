@@ -13,6 +13,7 @@ from PIL import Image
 from tests.hub import fill_hub
 from vovnet import Classifier
 from vovnet.cli import main as command_line
+from vovnet.predict_files import predict_files
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -97,7 +98,9 @@ def test_features_and_bad_files(
         ("classifier", ["--output", "FILE"], "expected a folder"),
         ("detector", ["--top", "3"], "no --top, which a detector does not have"),
         ("detector", ["--features", "f.npz", "--fast-decode"], "--features, --fast-decode"),
-        ("detector", ["--batch-size", "2", "--test-size"], "--batch-size, --test-size"),
+        ("detector", ["--test-size"], "no --test-size, which a detector does not have"),
+        ("detector", ["--batch-size", "2", "--tile", "64"], "no --batch-size with --tile or --tta"),
+        ("detector", ["--batch-size", "2", "--tta", "flip"], "no --batch-size with --tile"),
         ("backbone", [], "--features FILE"),
     ],
 )
@@ -130,3 +133,21 @@ def test_sigterm_keeps_what_is_done(
     arguments = ["--model", classifier_folder, "--source", source, "--output", tmp_path / "out"]
     assert run(monkeypatch, "predict", *arguments, "--batch-size", 1) == 143
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_detectors_take_batches(
+    monkeypatch, capsys, model_folder: Path, source: Path, tmp_path: Path
+) -> None:
+    sizes: list[int | None] = []
+    whole = predict_files
+
+    def note(*arguments, **options):
+        sizes.append(options["batch_size"])
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr("vovnet.cli.predict.predict_files", note)
+    common = ["predict", "--model", model_folder, "--source", source, "--json", "--no-save"]
+    for flags in (["--batch-size", 2], []):
+        assert run(monkeypatch, *common, "--output", tmp_path / "out", *flags) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 2
+    assert sizes == [2, 1]

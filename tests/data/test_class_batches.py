@@ -10,9 +10,9 @@ from vovnet.data.class_batches import (
     ClassItem,
     ClassPreset,
     ClassTrainDataset,
-    _crop_box,
     balanced_order,
     collate_classes,
+    crop_box,
 )
 from vovnet.data.classes import load_classes
 from vovnet.errors import ConfigError, DataError
@@ -90,7 +90,7 @@ def test_crops_lie_in_the_picture_and_have_the_stated_areas():
     preset = ClassPreset(scale=(0.2, 0.5), ratio=(0.5, 2.0))
     shares, ratios = [], []
     for _ in range(500):
-        left, top, right, bottom = _crop_box(60, 90, preset, draw)
+        left, top, right, bottom = crop_box(60, 90, preset, draw)
         assert 0 <= left < right <= 90
         assert 0 <= top < bottom <= 60
         shares.append((right - left) * (bottom - top) / 5400)
@@ -104,7 +104,7 @@ def test_crops_lie_in_the_picture_and_have_the_stated_areas():
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (300, 2), (3, 3)])
 def test_tiny_and_thin_pictures_have_a_crop(height, width):
     for seed in range(20):
-        box = _crop_box(height, width, ClassPreset(), random.Random(seed))
+        box = crop_box(height, width, ClassPreset(), random.Random(seed))
         assert 0 <= box[0] < box[2] <= width
         assert 0 <= box[1] < box[3] <= height
 

@@ -9,9 +9,9 @@ from vovnet.errors import ConfigError
 from vovnet.export.check import compare
 from vovnet.export.fuse import fuse_network
 from vovnet.export.graph import ExportedDetector, make_graph
-from vovnet.export.suppress import suppress
 from vovnet.models.deploy import DeployGraph, fold_batch_norms
 from vovnet.models.layers import Normalize
+from vovnet.models.suppress import suppress
 from vovnet.models.zoo import create_model
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -28,7 +28,7 @@ OVERRIDES = {
     "refinedet": LIMITS | {"pre_nms_top_k": 40, "neck_channels": 32},
     "dsod": LIMITS | {"pre_nms_top_k": 40, "source_channels": 32},
     "vovdet": LIMITS | {"neck_channels": 32},
-    "vovdet_seg": LIMITS | {"neck_channels": 32, "pre_nms_top_k": 40, "one_to_one": False},
+    "vovdet_seg": LIMITS | {"neck_channels": 32, "pre_nms_top_k": 40, "suppression": "nms"},
 }
 OUTPUTS = {"logits", "deltas", "objectness", "distances", "predictor", "iou", "distribution"}
 Arrays = dict[str, np.ndarray]

@@ -18,6 +18,7 @@ from vovnet.models.vovdet import (
     best_candidates,
     decode_distributions,
     head_losses,
+    keep_peaks,
 )
 from vovnet.models.zoo import SIZED, create_model
 from vovnet.profiling.count import count_macs
@@ -62,7 +63,6 @@ def sizes_of(*sizes: tuple[int, int]) -> Tensor:
     [("vovdet_n", 3.95), ("vovdet_s", 17.19), ("vovdet_m", 39.97), ("vovdet_l", 67.38)],
 )
 def test_costs_of_the_sizes_at_640(name: str, macs_g: float) -> None:
-    """Of the head that detects alone, not of the one that only teaches."""
     with torch.device("meta"):
         model = create_model(name)
         images = torch.zeros(1, 3, 640, 640)
@@ -160,7 +160,7 @@ def made_raw(batch: int = 2, classes: int = 3) -> dict[str, Tensor]:
 @pytest.mark.parametrize("count", [5, 40, 700])
 def test_candidates_are_the_best_pairs_of_location_and_class(count: int) -> None:
     raw, sizes = made_raw(), sizes_of((64, 96), (40, 50))
-    config = VovDetConfig(num_classes=3, score_threshold=0.3)
+    config = VovDetConfig(num_classes=3, score_threshold=0.3, suppression="none")
     found = best_candidates(raw, sizes, config, count=count, min_score=0.4)
     grid = [
         (x * s + s // 2, y * s + s // 2)
@@ -185,6 +185,43 @@ def test_candidates_are_the_best_pairs_of_location_and_class(count: int) -> None
         assert (own["boxes"] <= torch.tensor([width, height] * 2)).all()
         assert (own["boxes"] >= 0).all()
         assert all((value[image][~valid] == 0).all() for value in found.values())
+
+
+def test_peaks_are_the_best_of_their_neighbours_on_one_map() -> None:
+    raw = made_raw()
+    kept = keep_peaks(raw)
+    start = 0
+    for stride in (8, 16, 32):
+        height, width = 64 // stride, 96 // stride
+        stop = start + height * width
+        grid = raw["logits"][:, start:stop].reshape(2, height, width, 3).numpy()
+        found = kept[:, start:stop].reshape(2, height, width, 3).numpy()
+        for image, y, x, label in np.ndindex(*grid.shape):
+            window = grid[image, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3, label]
+            is_peak = grid[image, y, x, label] == window.max()
+            assert found[image, y, x, label] == (grid[image, y, x, label] if is_peak else -1e4)
+        start = stop
+    sizes = sizes_of((64, 96), (64, 96))
+    config = VovDetConfig(num_classes=3, score_threshold=0.0)
+    best = best_candidates(raw, sizes, config, count=700, min_score=0.0)
+    assert best["valid"].sum() == (kept > -1e4).sum()
+
+
+@pytest.mark.parametrize("one_to_one", [True, False])
+def test_each_suppression_chooses_of_the_same_outputs(one_to_one: bool) -> None:
+    made = {
+        how: detector("vovdet_seg", one_to_one=one_to_one, suppression=how, max_detections=1008)
+        for how in ("none", "peaks", "nms")
+    }
+    images, sizes = torch.randn(1, 3, 128, 128), sizes_of((128, 128))
+    with torch.no_grad():
+        raw = made["none"].eval()(images)
+        found = {how: one.detect(raw, sizes) for how, one in made.items()}
+    counts = {how: int(one["valid"].sum()) for how, one in found.items()}
+    assert counts["none"] == raw["logits"].numel()
+    assert counts["peaks"] < counts["none"]
+    assert counts["nms"] < counts["none"]
+    assert found["peaks"]["scores"][0, 0] == found["none"]["scores"][0, 0]
 
 
 def test_losses_are_least_where_one_location_alone_has_the_object() -> None:
@@ -217,7 +254,7 @@ def test_losses_are_least_where_one_location_alone_has_the_object() -> None:
 def trained(request: pytest.FixtureRequest) -> nn.Module:
     """In training mode, after one backward pass with objects of all levels."""
     drawn = {"mask_samples": 500} if request.param == "vovdet_seg" else {}
-    made = detector(request.param, locations_per_object=40, **drawn)
+    made = detector(request.param, one_to_one=True, locations_per_object=40, **drawn)
     for head in (made.many_head, made.one_head):
         for level in head.levels:  # boxes of all sizes, so that all levels have an object
             nn.init.normal_(level.distribution.bias)
@@ -241,9 +278,8 @@ def test_every_parameter_gets_a_gradient(trained: nn.Module) -> None:
     assert all(parameter.grad.any() for parameter in ones)
 
 
-@pytest.mark.parametrize("one_to_one", [True, False])
-def test_the_one_to_one_head_teaches_the_network_nothing(one_to_one: bool) -> None:
-    made = detector("vovdet_seg", one_to_one=one_to_one)
+def test_the_one_to_one_head_teaches_the_network_nothing() -> None:
+    made = detector("vovdet_seg", one_to_one=True)
     raw = made(torch.randn(1, 3, 128, 128))
     losses = made.loss(raw, [target_of(BOXES, masks=True)], sizes_of((128, 128)))
     sum(value for name, value in losses.items() if name.startswith("loss_one_")).backward()
@@ -252,7 +288,8 @@ def test_the_one_to_one_head_teaches_the_network_nothing(one_to_one: bool) -> No
 
 
 def test_one_head_learns_from_one_location_the_other_from_many() -> None:
-    made, sizes, targets = detector().eval(), sizes_of((128, 128)), [target_of(BOXES)]
+    made, sizes = detector(one_to_one=True).eval(), sizes_of((128, 128))
+    targets = [target_of(BOXES)]
     with torch.no_grad():
         raw = made(torch.randn(1, 3, 128, 128))
         pyramid = [raw["p3"], raw["p4"], raw["p5"]]
@@ -262,15 +299,13 @@ def test_one_head_learns_from_one_location_the_other_from_many() -> None:
     assert losses == many | {f"loss_one_{name[5:]}": value for name, value in one.items()}
 
 
-def test_both_choices_have_the_same_weights_and_losses() -> None:
-    one, many = detector().eval(), detector(one_to_one=False).eval()
-    many.load_state_dict(one.state_dict())
+def test_without_a_second_head_the_losses_are_those_of_the_first() -> None:
+    two, one = detector(one_to_one=True).eval(), detector().eval()
+    one.load_state_dict({k: v for k, v in two.state_dict().items() if not k.startswith("one_head")})
     images, sizes, targets = torch.randn(1, 3, 128, 128), sizes_of((128, 128)), [target_of(BOXES)]
     with torch.no_grad():
-        losses = [made.loss(made(images), targets, sizes) for made in (one, many)]
-        found = many.detect(many(images), sizes)
-    assert losses[0] == losses[1]
-    assert found["boxes"].shape == (1, 100, 4)
+        both, alone = (made.loss(made(images), targets, sizes) for made in (two, one))
+    assert alone == {name: value for name, value in both.items() if "one" not in name}
 
 
 @pytest.mark.parametrize("kind", ["vovdet", "vovdet_seg"])
@@ -352,7 +387,7 @@ def test_images_of_any_size(size: tuple[int, int]) -> None:
 
 
 def test_weights_survive_saving_and_folding(trained: nn.Module) -> None:
-    made = detector("vovdet_seg" if trained.has_masks else "vovdet")
+    made = detector("vovdet_seg" if trained.has_masks else "vovdet", one_to_one=True)
     made.load_state_dict(trained.state_dict())
     images, sizes = torch.randn(1, 3, 64, 64), sizes_of((64, 64))
     with torch.no_grad():
@@ -383,6 +418,7 @@ def test_the_graph_chooses_without_suppression_or_open_shapes() -> None:
     [
         ({"box_bins": 1}, "box_bins"),
         ({"one_to_one": 1}, "one_to_one"),
+        ({"suppression": "soft"}, "suppression"),
         ({"score_threshold": 1.5}, "score_threshold"),
         ({"alignment_beta": -1.0}, "alignment_beta"),
     ],

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from vovnet.errors import ConfigError
-from vovnet.profiling import machine, roofline
+from vovnet.hardware import processor_name
+from vovnet.profiling import roofline
 from vovnet.profiling.roofline import (
     Ceilings,
     Workload,
-    cache_folder,
     find_ceilings,
     measure_bytes_per_s,
     measure_flops_per_s,
@@ -113,7 +113,7 @@ def test_ceilings_are_measured_once_and_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = find_ceilings(CPU, ["fp32"], folder=tmp_path, workload=SMALL)
-    assert first.device == machine.processor_name()
+    assert first.device == processor_name()
     assert first.bytes_per_s > 0
     (path,) = tmp_path.iterdir()
     assert str(torch.get_num_threads()) in path.stem
@@ -143,7 +143,7 @@ def test_a_spoilt_cache_is_measured_again(
     for spoilt in (content, json.dumps({**known, "device": "other"})):
         path.write_text(spoilt)
         assert find_ceilings(CPU, ["fp32"], folder=tmp_path).bytes_per_s == 5.0
-        assert json.loads(path.read_text())["device"] == machine.processor_name()
+        assert json.loads(path.read_text())["device"] == processor_name()
 
 
 def test_a_cache_that_cannot_be_written_stops_nobody(
@@ -155,21 +155,6 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
     assert find_ceilings(CPU, ["fp32"], folder=tmp_path / "file").bytes_per_s == 5.0
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache_folder() == Path("/somewhere/vovnet")
-    monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert cache_folder() == Path("/home/me/.cache/vovnet")
-
-
 def test_an_unknown_precision(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: expected one of fp32, bf16, fp16"):
         find_ceilings(CPU, ["fp8"], folder=tmp_path)
-
-
-def test_the_processors_name(tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nflags : a\n")
-    assert machine.processor_name(cpuinfo) == "Some CPU @ 2 GHz"
-    assert machine.processor_name(tmp_path / "none") != ""

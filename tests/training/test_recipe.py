@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vovnet.cli import main as command_line
-from vovnet.cli.train import _parse_setting
+from vovnet.cli.settings import parse_settings
 from vovnet.training.config import TrainConfig, find_recipe, list_recipes, load_config
 from vovnet.training.recipe import (
     command,
@@ -46,13 +46,13 @@ def test_commands_for_several_gpus_and_for_one(name, processes, scaled) -> None:
 def settings_of(text: str, monkeypatch) -> TrainConfig:
     """What the training gets from a command as it would be typed."""
     given: list[tuple[object, ...]] = []
-    monkeypatch.setattr(command_line, "_call", lambda verb, *values: given.append(values))
+    monkeypatch.setattr(command_line, "run_verb", lambda verb, *values: given.append(values))
     program, *arguments = shlex.split(text)
     assert program == "vovnet"
     result = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     recipe, _, flags, settings, *_ = given[0]
-    flags = flags | dict(_parse_setting(setting) for setting in settings)
+    flags = parse_settings(flags, settings)
     return load_config(recipe, None, flags)
 
 

@@ -199,7 +199,9 @@ def test_a_resumed_run_must_be_the_same(data_dir, finished):
     [
         ({"model_overrides": {"norm": "frozen_bn"}}, "expected bn or gn .* found 'frozen_bn'"),
         ({"task": "detect"}, "model: expected one to detect, got .* one to segment"),
-        ({"teacher": "nuclei"}, "teacher: expected none for a model to segment, got 'nuclei'"),
+        ({"teacher": "nuclei"}, "teacher nuclei: expected a detector of .* square, got one"),
+        ({"teacher_score": 0.7}, "teacher: expected one for teacher_score, got none"),
+        ({"teacher": "x", "distill": "head"}, "distill: expected none for a model to segment"),
         ({"freeze": 2}, "freeze: expected weights to keep .* random ones to freeze 2 parts of"),
         ({"augment": {"hju": 1}}, "augment"),
         ({"preprocess": {"scael": 1}}, "preprocess"),

@@ -22,14 +22,14 @@ from vovnet.export.model import (
     load_source,
 )
 from vovnet.export.quantize import Int8Export, export_int8, make_trial
-from vovnet.exported import ONNX_FILE, OPENVINO_FILE
+from vovnet.exported import ONNX_FILE, OPENVINO_FILE, TORCH_EXPORT_FILE
 from vovnet.files import new_run_dir
 from vovnet.images import find_images, read_image
 from vovnet.model_folder import bundled_models, resolve_model
 from vovnet.published import find_published
 
 MAX_PICTURES = 8
-_BESIDE = {"onnx": ONNX_FILE, "openvino": OPENVINO_FILE}
+_BESIDE = {"onnx": ONNX_FILE, "openvino": OPENVINO_FILE, "torch-export": TORCH_EXPORT_FILE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,11 @@ def _export_int8(
 
 
 def _check_options(format: str, precision: str, output: Path | None) -> Format:
+    if format == "tensorrt":
+        raise ConfigError(
+            "format: TensorRT builds its engine from the ONNX file, on the GPU that runs it: "
+            "--format onnx, then the trtexec line of docs/deploy.md"
+        )
     for name, value, known in (
         ("format", format, get_args(Format)),
         ("precision", precision, (*get_args(Precision), "int8")),

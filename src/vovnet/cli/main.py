@@ -173,8 +173,8 @@ def train(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Classifier to learn from: a model folder, timm:NAME, torchvision:NAME (@FILE) or "
-            "FILE.py:FUNCTION."
+            help="Model to learn from: a folder; for a classifier also timm:NAME, torchvision:NAME "
+            "(@FILE) or FILE.py:FUNCTION; for a detector also an exported file or YOLOX's .onnx."
         ),
     ] = None,
     backbone_weights: Annotated[
@@ -222,6 +222,70 @@ def train(
         "name": name,
     }
     run_verb("train", recipe, config, flags, setting or [], resume, skip_bad)
+
+
+@app.command()
+def pretrain(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data set as for train, whose labels count for nothing, or pictures."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Backbone; default: that of vovdet_n.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the pictures.")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Instead of --epochs: minutes of wall time.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the square views.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Learn its features instead: a model folder, timm:NAME, torchvision:NAME (@FILE) "
+            "or FILE.py:FUNCTION."
+        ),
+    ] = None,
+    backbone_weights: Annotated[
+        str | None, typer.Option(help="FILE or folder to start from, or 'hub'.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
+    threads: Threads = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order, views.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of run folders; default: runs/pretrain.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as NAME=VALUE (YAML); repeatable."),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the data set: auto, coco, voc or yolo.")
+    ] = None,
+) -> None:
+    """Pretrain a backbone on pictures without labels, for `train --backbone-weights RUN/model`."""
+    flags = {
+        "data": None if data is None else str(data),
+        "data_format": format,
+        "model": model,
+        "epochs": epochs,
+        "max_minutes": max_minutes,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "image_size": image_size,
+        "teacher": teacher,
+        "backbone_weights": backbone_weights,
+        "device": device,
+        "workers": workers,
+        "threads": threads,
+        "seed": seed,
+        "name": name,
+        "runs_dir": None if output is None else str(output),
+    }
+    run_verb("pretrain", config, flags, setting or [], resume)
 
 
 @app.command()
@@ -286,7 +350,8 @@ def predict(
         Path | None, typer.Option(help="Classifier: write embeddings, to a .npz or .parquet file.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Classifier: images at once; default: 8, GPU 64.")
+        int | None,
+        typer.Option(min=1, help="Images at once; default: classifier 8, GPU 64; detector 1."),
     ] = None,
     fast_decode: Annotated[
         bool | None,
@@ -303,16 +368,16 @@ def predict(
     json: Json = False,
 ) -> None:
     """Find objects in images, or name their classes; writes pictures, tables and JSON lines."""
-    common = (model, source, output, engine, precision, device, threads, json)
+    common = (model, source, output, engine, precision, device, threads, json, batch_size)
     detector = (save, score_threshold or None, max_detections, tile, overlap, tta)
-    classifier = (top, features, batch_size, fast_decode, test_size)
+    classifier = (top, features, fast_decode, test_size)
     run_verb("predict", *common, detector, classifier)
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder, bundled model, or published weights.")],
-    format: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, openvino or torch-export.")] = "onnx",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8 (openvino).")] = "fp32",
     output: Annotated[
         Path | None, typer.Option(help="File; default: beside the weights, or in runs/export.")
@@ -325,7 +390,7 @@ def export(
     calibration: Annotated[int, typer.Option(min=1, help="int8: train pictures for ranges.")] = 300,
     max_drop: Annotated[float, typer.Option(min=0, help="int8: points it may lose.")] = 0.5,
 ) -> None:
-    """Write a model as one ONNX or OpenVINO file, once it answers as torch does; else exit 4."""
+    """Write a model as one file for other engines, once it answers as torch does; else exit 4."""
     int8 = (data, split, calibration, max_drop)
     run_verb("export", model, format, precision, output, raw, images, json, int8)
 

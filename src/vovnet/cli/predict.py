@@ -47,7 +47,6 @@ class ClassifierOptions:
 
     top: int | None
     features: Path | None
-    batch_size: int | None
     fast_decode: bool | None
     test_size: bool | None
 
@@ -77,10 +76,11 @@ def predict(
     device: str,
     threads: int | None,
     as_json: bool,
+    batch_size: int | None,
     detector: tuple[
         bool | None, Sequence[str] | None, int | None, int | None, int | None, str | None
     ],
-    classifier: tuple[int | None, Path | None, int | None, bool | None, bool | None],
+    classifier: tuple[int | None, Path | None, bool | None, bool | None],
 ) -> int:
     """Predicts and writes; 3 when a file could not be read, 130 and 143 after a signal.
 
@@ -88,7 +88,7 @@ def predict(
     """
     if output is not None and output.exists() and not output.is_dir():
         raise ConfigError(f"output: expected a folder, found the file {output}")
-    common = (model, source, output, engine, precision, device, threads, as_json)
+    common = (model, source, output, engine, precision, device, threads, as_json, batch_size)
     if is_classifier(model):
         _refuse(DetectorOptions(*detector), model, "a classifier")
         return classify(*common, ClassifierOptions(*classifier))
@@ -105,6 +105,7 @@ def detect(
     device: str,
     threads: int | None,
     as_json: bool,
+    batch_size: int | None,
     options: DetectorOptions,
 ) -> int:
     """Finds objects; writes pictures, COCO results and JSON lines."""
@@ -115,6 +116,8 @@ def detect(
         raise ConfigError(f"overlap: expected less than the tile's {tile} pixels, got {overlap}")
     if tile is not None and options.tta is not None:
         raise ConfigError("expected one of --tile and --tta, got both")
+    if batch_size is not None and (tile, options.tta) != (None, None):
+        raise ConfigError("expected no --batch-size with --tile or --tta, which go one at a time")
     views = (PLAIN,) if options.tta is None else parse_views(options.tta)
     return_large_blocks()
     paths = find_images(source)
@@ -138,6 +141,7 @@ def detect(
             tile=tile,
             overlap=overlap,
             views=views,
+            batch_size=batch_size or 1,
             on_image=lambda path, found: run.progress.advance(run.task),
             on_error=_print_error,
         )
@@ -171,6 +175,7 @@ def classify(
     device: str,
     threads: int | None,
     as_json: bool,
+    batch_size: int | None,
     options: ClassifierOptions,
 ) -> int:
     """Prints the top classes of each image; writes them, and embeddings where asked for."""
@@ -200,7 +205,7 @@ def classify(
             paths,
             output or Path(),
             top=options.top or TOP,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             features=options.features,
             fast_decode=bool(options.fast_decode),
             on_image=show,

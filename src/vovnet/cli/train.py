@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
+from vovnet.cli.settings import parse_settings
 from vovnet.errors import ConfigError
 from vovnet.training.config import load_config, resume_config
 from vovnet.training.run import train as run_training
@@ -19,8 +18,7 @@ def train(
     skip_bad: bool,
 ) -> int:
     """Trains, or goes on with a run; 130 or 143 after a signal, with the checkpoint saved."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    given |= dict(_parse_setting(text) for text in settings)
+    given = parse_settings(flags, settings)
     if resume is None:
         config = load_config(recipe, config_file, given)
     else:
@@ -30,13 +28,3 @@ def train(
             )
         config = resume_config(resume, given)
     return run_training(config, resume=resume, skip_bad=skip_bad).exit_code
-
-
-def _parse_setting(text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ConfigError(f"--set: expected NAME=VALUE, got {text!r}")
-    try:
-        return name, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {name}: expected a YAML value, got {value!r}") from error

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -212,7 +212,7 @@ class ClassTrainDataset(Dataset[ClassItem]):
 
     def _crop(self, source: NDArray[np.uint8], draw: random.Random) -> Image.Image:
         height, width = source.shape[:2]
-        left, top, right, bottom = _crop_box(height, width, self.preset, draw)
+        left, top, right, bottom = crop_box(height, width, self.preset, draw)
         name = self.preset.interpolation
         if name == "random":
             name = draw.choice(("bilinear", "bicubic"))
@@ -276,8 +276,18 @@ def _repeated(
     return np.concatenate(rounds)[:count]
 
 
-def _crop_box(
-    height: int, width: int, preset: ClassPreset, draw: random.Random
+class Crops(Protocol):
+    """Which crops are drawn: shares of the picture's area, and width / height."""
+
+    @property
+    def scale(self) -> tuple[float, float]: ...
+
+    @property
+    def ratio(self) -> tuple[float, float]: ...
+
+
+def crop_box(
+    height: int, width: int, preset: Crops, draw: random.Random
 ) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a crop of random area and shape (Szegedy et al., 2015)."""
     area = height * width

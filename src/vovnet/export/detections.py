@@ -14,7 +14,6 @@ from torch.nn import functional
 from torchvision.ops import roi_align
 
 from vovnet.errors import ConfigError
-from vovnet.export.suppress import suppress
 from vovnet.models.boxes import clip_boxes, decode_boxes
 from vovnet.models.centermask import MASK_LEVELS, REGION_SIZE, CenterMask
 from vovnet.models.dsod import DSOD
@@ -34,6 +33,7 @@ from vovnet.models.roi import assign_levels, assign_levels_by_size
 from vovnet.models.rpn import DELTA_WEIGHTS as RPN_WEIGHTS
 from vovnet.models.rpn import STRIDES as RPN_STRIDES
 from vovnet.models.rpn import level_anchors
+from vovnet.models.suppress import suppress
 from vovnet.models.vovdet import VovDet, VovDetConfig, best_candidates, finish_detections
 
 Found = dict[str, Tensor]
@@ -238,9 +238,9 @@ def _multibox(detector: RefineDet | DSOD, raw: Found, sizes: Tensor, min_score: 
 
 
 def _vovdet(detector: VovDet, raw: Found, sizes: Tensor, min_score: Tensor) -> Found:
-    """As VovDet.detect, whose one-to-one head leaves nothing to suppress."""
+    """As VovDet.detect, which suppresses boxes in one of its ways alone."""
     config = detector.config
-    if config.one_to_one:
+    if config.suppression != "nms":
         count = config.max_detections
         found = best_candidates(raw, sizes, config, count=count, min_score=min_score)
         return finish_detections(raw, found)

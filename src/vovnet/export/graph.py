@@ -1,14 +1,20 @@
 """The networks of models.deploy as they are exported: the same outputs, from fused weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from vovnet.errors import ConfigError
 from vovnet.export.detections import find_detections
 from vovnet.export.fuse import CenteredInput
 from vovnet.models.layers import DeformableConvNormAct
 from vovnet.models.vovnet import VoVNet
+
+# Of a trace with open sizes: on every level more than one cell, and not square.
+_EXAMPLE_SIDES = (288, 416)
 
 
 class ExportedClassifier(nn.Module):
@@ -85,3 +91,28 @@ def make_graph(fused: nn.Module, *, mean: Sequence[float], raw: bool) -> Graph:
             raise ConfigError("export: expected a detector for --raw, found a classifier")
         return ExportedClassifier(fused, mean=mean)
     return ExportedRaw(fused, mean=mean) if raw else ExportedDetector(fused, mean=mean)
+
+
+def example_inputs(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Two images for a trace, by the names of the graph's inputs; sides None: any."""
+    height, width = sides or _EXAMPLE_SIDES
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, height, width, 3)
+    values = {
+        "images": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        "sizes": torch.tensor([[height, width], [height - 1, width - 2]]),
+        "min_score": torch.zeros(1),
+    }
+    return {name: values[name] for name in graph.inputs}
+
+
+def dynamic_shapes(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Any]:
+    """What of the inputs is open, as torch.export wants it said."""
+    batch = Dim("batch", min=1, max=65_535)
+    images: dict[int, Any] = {0: batch}
+    if sides is None:
+        unit = 1 if isinstance(graph, ExportedClassifier) else 32
+        rows, columns = (Dim(f"{name}_{unit}", min=-(-32 // unit), max=4096) for name in "hw")
+        images |= {1: unit * rows, 2: unit * columns}
+    shapes: dict[str, Any] = {"images": images, "sizes": {0: batch}, "min_score": None}
+    return {name: shapes[name] for name in graph.inputs}

@@ -20,6 +20,7 @@ from vovnet.export.check import Batch, Comparison, Run, compare, make_batches
 from vovnet.export.fuse import fuse_network, round_weights
 from vovnet.export.graph import Graph, is_feature_map, make_graph
 from vovnet.export.onnx import write_onnx, write_openvino
+from vovnet.export.torch_export import write_program
 from vovnet.exported import EXPORT_KEY, ExportInfo, sha256
 from vovnet.graph_file import is_graph_file
 from vovnet.model_folder import CONFIG_KEY, WEIGHTS_FILE, ModelConfig, load_config, resolve_model
@@ -35,18 +36,21 @@ from vovnet.published import (
     imagenet_class_names,
     published_preprocess,
 )
-from vovnet.runtime.exported import open_exported
+from vovnet.runtime.engine import Engine
+from vovnet.runtime.exported import ExportedFile, open_exported
 from vovnet.runtime.onnxruntime import OnnxRuntimeEngine
 from vovnet.runtime.openvino import OpenVinoEngine
 from vovnet.runtime.torch import TorchEngine, build_model
+from vovnet.runtime.torch_export import TorchExportEngine
 
-Format = Literal["onnx", "openvino"]
+Format = Literal["onnx", "openvino", "torch-export"]
 Precision = Literal["fp32", "fp16"]
 
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml"}
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 _CHECKED_IN: dict[Format, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "openvino"),
     "openvino": ("openvino",),
+    "torch-export": ("torch-export",),
 }
 _UNIT = (1.0, 1.0, 1.0)
 
@@ -115,14 +119,14 @@ def export_model(
     precision: Precision = "fp32",
     raw: bool = False,
 ) -> Export:
-    """Writes a network to `output`, .onnx or .xml with .bin beside it, and compares it with torch
-    on pictures (H, W, 3) uint8 RGB, in every installed engine that reads it.
+    """Writes a network to `output`, .onnx, .pt2, or .xml with .bin beside it, and compares it with
+    torch on pictures (H, W, 3) uint8 RGB, in every installed engine that reads it.
 
     A file that differs is not kept, one of the same name that was there stays. raw leaves the
     choice of detections out. Raises ConfigError on what cannot be exported, and where no engine is
     installed.
     """
-    engines = [name for name in _CHECKED_IN[format] if find_spec(name) is not None]
+    engines = [name for name in _CHECKED_IN[format] if _is_installed(name)]
     if not engines:
         names = " or ".join(_CHECKED_IN[format])
         raise ConfigError(f"export: expected {names} to be installed: pip install 'vovnet[export]'")
@@ -147,17 +151,16 @@ def _write(source: Source, path: Path, *, format: Format, precision: Precision, 
     if precision == "fp16":
         network = round_weights(network)
     graph = make_graph(network, mean=preprocess.mean, raw=raw)
-    onnx_file, sides = path.with_suffix(".onnx"), _sides(preprocess, source.config.task)
-    write_onnx(
-        graph,
-        onnx_file,
-        sides=sides,
-        half=precision == "fp16",
-        metadata=_metadata(source, graph, sides, precision=precision, raw=raw),
-    )
+    sides = _sides(preprocess, source.config.task)
+    metadata = _metadata(source, graph, sides, precision=precision, raw=raw)
+    given: Any = {"sides": sides, "half": precision == "fp16", "metadata": metadata}
+    if format == "torch-export":
+        write_program(graph, path, **given)
+    else:
+        write_onnx(graph, path.with_suffix(".onnx"), **given)
     if format == "openvino":
-        write_openvino(onnx_file, path)
-        onnx_file.unlink()
+        write_openvino(path.with_suffix(".onnx"), path)
+        path.with_suffix(".onnx").unlink()
     if precision == "fp16":  # not the original, whose weights are not the rounded ones
         return _run_torch(network, mean=preprocess.mean, std=_UNIT, raw=raw)
     fold_batch_norms(source.network)
@@ -217,12 +220,19 @@ def _check(
     name: str, path: Path, expected: Run, batches: Sequence[Batch], *, raw: bool
 ) -> Comparison:
     file = open_exported(path, device="cpu", settings={}, raw=raw)
-    engine = (
-        OpenVinoEngine(file, precision="fp32", threads=None)
-        if name == "openvino"
-        else OnnxRuntimeEngine(file, threads=None)
-    )
-    return compare(name, expected, engine.infer, batches)
+    return compare(name, expected, _load(name, file).infer, batches)
+
+
+def _load(name: str, file: ExportedFile) -> Engine:
+    if name == "torch-export":
+        return TorchExportEngine(file, device=torch.device("cpu"))
+    if name == "openvino":
+        return OpenVinoEngine(file, precision="fp32", threads=None)
+    return OnnxRuntimeEngine(file, threads=None)
+
+
+def _is_installed(engine: str) -> bool:
+    return engine == "torch-export" or find_spec(engine) is not None
 
 
 def _sides(preprocess: Preprocess, task: str) -> tuple[int, int] | None:

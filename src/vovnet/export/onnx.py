@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import Dim
 
 from vovnet.errors import ConfigError
 from vovnet.export.fuse import large_weights
-from vovnet.export.graph import ExportedClassifier, Graph
+from vovnet.export.graph import Graph, dynamic_shapes, example_inputs
 from vovnet.export.suppress import onnx_functions
 from vovnet.runtime.openvino import import_openvino, openvino_core, read_model
 
 OPSET = 20
-# Of a trace with open sizes: on every level more than one cell, and not square.
-_EXAMPLE_SIDES = (288, 416)
 _MAX_BYTES = 2**31 - 2**20  # protobuf's limit, less what is added
 
 
@@ -59,7 +55,7 @@ def write_openvino(onnx_file: Path, path: Path) -> None:
 
 
 def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:
-    inputs = _example_inputs(graph, sides)
+    inputs = example_inputs(graph, sides)
     with _quiet(), torch.no_grad():
         return torch.onnx.export(
             graph,
@@ -68,7 +64,7 @@ def _trace(graph: Graph, sides: tuple[int, int] | None) -> Any:
             opset_version=OPSET,
             input_names=list(inputs),
             output_names=list(graph(*inputs.values())),
-            dynamic_shapes=_dynamic_shapes(graph, sides),
+            dynamic_shapes=dynamic_shapes(graph, sides),
             custom_translation_table=onnx_functions(),
             verbose=False,
         )
@@ -86,29 +82,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _example_inputs(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Tensor]:
-    height, width = sides or _EXAMPLE_SIDES
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, height, width, 3)
-    values = {
-        "images": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-        "sizes": torch.tensor([[height, width], [height - 1, width - 2]]),
-        "min_score": torch.zeros(1),
-    }
-    return {name: values[name] for name in graph.inputs}
-
-
-def _dynamic_shapes(graph: Graph, sides: tuple[int, int] | None) -> dict[str, Any]:
-    batch = Dim("batch", min=1, max=65_535)
-    images: dict[int, Any] = {0: batch}
-    if sides is None:
-        unit = 1 if isinstance(graph, ExportedClassifier) else 32
-        rows, columns = (Dim(f"{name}_{unit}", min=-(-32 // unit), max=4096) for name in "hw")
-        images |= {1: unit * rows, 2: unit * columns}
-    shapes: dict[str, Any] = {"images": images, "sizes": {0: batch}, "min_score": None}
-    return {name: shapes[name] for name in graph.inputs}
 
 
 def _strip(proto: Any) -> None:

@@ -28,8 +28,12 @@ class DeployGraph(nn.Module):
         segmenters mask_probs (B, K, 28, 28) and mask_scores (B, K). Rows that are not valid are
         zero.
         """
-        raw = self.detector(self.normalize(images, sizes))
+        raw = self.predict(images, sizes)
         return self.detector.detect(raw, sizes)  # type: ignore[operator, no-any-return]
+
+    def predict(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """The detector's raw predictions, from which it chooses detections."""
+        return self.detector(self.normalize(images, sizes))  # type: ignore[no-any-return]
 
 
 class ClassifierGraph(nn.Module):

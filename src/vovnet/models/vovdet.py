@@ -1,9 +1,10 @@
-"""VovDet: an anchor-free detector and instance segmenter of our own that needs no suppression.
+"""VovDet: an anchor-free detector and instance segmenter of our own without boxes to suppress.
 
-Two heads learn together on one neck (Wang et al. 2024, YOLOv10): one gives each object many
-locations and teaches the network, one gives it a single location and finds the objects. Both are
-decoupled heads with distributions of the four distances (Li et al. 2020, GFL), matched by task
-alignment (Feng et al. 2021, TOOD). Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
+A decoupled head gives each object many locations, matched by task alignment (Feng et al. 2021,
+TOOD), with distributions of the four distances (Li et al. 2020, GFL). Of neighbouring locations the
+best one detects, as the peaks of CenterNet do (Zhou et al. 2019). Where one_to_one is set, a second
+head learns a single location for each object beside it and detects (Wang et al. 2024, YOLOv10).
+Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
 
 Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, C classes, N bins of a
 distance, P prototypes, M regions, K kept detections.
@@ -12,6 +13,7 @@ distance, P prototypes, M regions, K kept detections.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,10 @@ from vovnet.models.prototypes import MASK_SIZE, combine_prototypes, grow_boxes
 
 STRIDES = (8, 16, 32)
 LEVELS = ("p3", "p4", "p5")
+Suppression = Literal["peaks", "nms", "none"]
+"""What is left out: all but the best of neighbours on a map, what overlaps a better one of its
+class, or nothing."""
+PEAK_WINDOW = 5  # locations
 _UNLIKELY = -1e4  # a logit whose probability is exactly 0
 _TINY_BOX = (0.0, 0.0, 1.0, 1.0)
 
@@ -56,7 +62,8 @@ class VovDetConfig:
     depthwise: bool = False  # neck and box towers; class towers always are
     tower_convs: int = 2
     box_bins: int = 16
-    one_to_one: bool = True  # which head detects; the other one needs suppression
+    one_to_one: bool = False  # a second head, which learns one location for each object, detects
+    suppression: Suppression = "peaks"  # with one head, "none" leaves each object many detections
     alignment_alpha: float = 0.5  # power of the score
     alignment_beta: float = 6.0  # power of the IoU
     locations_per_object: int = 10  # of the one-to-many head
@@ -66,7 +73,7 @@ class VovDetConfig:
     distribution_weight: float = 0.5
     score_threshold: float = 0.001
     min_score: float = 0.0  # a second limit, which callers set to what they show
-    pre_nms_top_k: int = 1000  # where one_to_one is false
+    pre_nms_top_k: int = 1000  # where suppression is nms
     nms_threshold: float = 0.65
     max_detections: int = 100  # K
 
@@ -134,8 +141,8 @@ class VovDetHead(nn.Module):
 
 
 class VovDet(nn.Module):
-    """Backbone, neck, two heads, and prototypes where it has masks. Input (B, 3, H, W) float,
-    normalised and zero-padded to multiples of 32.
+    """Backbone, neck, one or two heads, and prototypes where it has masks. Input (B, 3, H, W)
+    float, normalised and zero-padded to multiples of 32.
     """
 
     def __init__(
@@ -143,7 +150,7 @@ class VovDet(nn.Module):
         backbone: nn.Module,
         neck: nn.Module,
         many_head: nn.Module,
-        one_head: nn.Module,
+        one_head: nn.Module | None,
         prototype_head: nn.Module | None,
         config: VovDetConfig,
     ) -> None:
@@ -161,35 +168,32 @@ class VovDet(nn.Module):
         H_l, W_l), and with masks prototypes (B, P, H / 4, W / 4).
         """
         pyramid = self.neck(self.backbone(images))
-        detect = self._one_to_one if self.config.one_to_one else self.many_head
-        raw: dict[str, Tensor] = detect(pyramid) | dict(zip(LEVELS, pyramid, strict=True))
+        found = self.many_head(pyramid) if self.one_head is None else self._one_to_one(pyramid)
+        raw: dict[str, Tensor] = found | dict(zip(LEVELS, pyramid, strict=True))
         if self.prototype_head is not None:
             raw["prototypes"] = self.prototype_head(pyramid[0])
         return raw
 
     def _one_to_one(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
         """It learns from the features, and teaches them nothing (YOLOv10, section 3.1)."""
-        detached = [feature.detach() for feature in pyramid]
-        return self.one_head(detached)  # type: ignore[no-any-return]
+        assert self.one_head is not None
+        return self.one_head([feature.detach() for feature in pyramid])  # type: ignore[no-any-return]
 
     def loss(
         self, raw: dict[str, Tensor], targets: Sequence[Target], sizes: Tensor
     ) -> dict[str, Tensor]:
         """loss_cls, loss_box, loss_distribution, with masks loss_mask, of the one-to-many head, and
-        the same as loss_one_... of the other; locations beyond sizes (B, 2), height and width, take
-        no part.
+        the same as loss_one_... of the other where there is one; locations beyond sizes (B, 2),
+        height and width, take no part.
         """
-        config, pyramid = self.config, [raw[level] for level in LEVELS]
+        config, many_locations = self.config, self.config.locations_per_object
+        if self.one_head is None:
+            return head_losses(raw, targets, sizes, config, locations=many_locations)
         shared = {name: raw[name] for name in ("prototypes", *LEVELS) if name in raw}
-        if config.one_to_one:
-            many, one = self.many_head(pyramid), raw
-        else:
-            many, one = raw, self._one_to_one(pyramid)
+        many = self.many_head([raw[level] for level in LEVELS])
+        losses = head_losses(many | shared, targets, sizes, config, locations=many_locations)
         own = {name: value.detach() for name, value in shared.items()}
-        losses = head_losses(
-            many | shared, targets, sizes, config, locations=config.locations_per_object
-        )
-        single = head_losses(one | own, targets, sizes, config, locations=1)
+        single = head_losses(raw | own, targets, sizes, config, locations=1)
         return losses | {f"loss_one_{name[5:]}": value for name, value in single.items()}
 
     def detect(self, raw: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
@@ -197,12 +201,12 @@ class VovDet(nn.Module):
         first; with masks mask_probs (B, K, 28, 28) and mask_scores (B, K), the scores.
         """
         config = self.config
-        if config.one_to_one:
+        if config.suppression == "nms":
+            found = suppress_candidates(raw, sizes, config)
+        else:
             found = best_candidates(
                 raw, sizes, config, count=config.max_detections, min_score=config.min_score
             )
-        else:
-            found = suppress_candidates(raw, sizes, config)
         return finish_detections(raw, found)
 
 
@@ -358,6 +362,20 @@ def _draw(indices: Tensor, limit: int) -> Tensor:
     return indices[torch.randperm(len(indices))[:limit].to(indices.device)]
 
 
+def keep_peaks(raw: dict[str, Tensor]) -> Tensor:
+    """The logits (B, L, C) that no location within PEAK_WINDOW on the same map exceeds; the others
+    are as good as 0.
+    """
+    maps = [raw[level].shape[-2:] for level in LEVELS]
+    levels = raw["logits"].split([height * width for height, width in maps], dim=1)
+    kept = []
+    for logits, sides in zip(levels, maps, strict=True):
+        grid = logits.transpose(1, 2).unflatten(2, sides)  # (B, C, H, W)
+        highest = functional.max_pool2d(grid, PEAK_WINDOW, stride=1, padding=PEAK_WINDOW // 2)
+        kept.append(torch.where(grid < highest, _UNLIKELY, grid).flatten(2).transpose(1, 2))
+    return torch.cat(kept, dim=1)
+
+
 def best_candidates(
     raw: dict[str, Tensor],
     sizes: Tensor,
@@ -366,11 +384,12 @@ def best_candidates(
     count: int,
     min_score: float | Tensor,
 ) -> dict[str, Tensor]:
-    """The `count` best pairs of location and class: boxes (B, count, 4), scores, labels, valid and
-    location (B, count), best first; what is not valid is zero.
+    """The `count` best pairs of location and class, of those that are peaks where suppression is
+    peaks: boxes (B, count, 4), scores, labels, valid and location (B, count), best first; what is
+    not valid is zero.
     """
     where = locate(raw)
-    logits = raw["logits"]
+    logits = keep_peaks(raw) if config.suppression == "peaks" else raw["logits"]
     usable = _inside(where.points, sizes)
     # The best pairs are among the best locations, of which there are far fewer to sort.
     highest = torch.where(usable, logits.amax(2), _UNLIKELY)

@@ -312,7 +312,8 @@ def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
     prototypes = None
     if isinstance(config, VovDetSegConfig):
         prototypes = PrototypeHead(config.neck_channels, config.prototypes, conv=conv)
-    return VovDet(backbone, neck, VovDetHead(config), VovDetHead(config), prototypes, config)
+    one_head = VovDetHead(config) if config.one_to_one else None
+    return VovDet(backbone, neck, VovDetHead(config), one_head, prototypes, config)
 
 
 @dataclass(frozen=True, slots=True)

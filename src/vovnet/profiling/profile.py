@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
+from vovnet.files import cache_folder
 from vovnet.images import read_image
 from vovnet.predict import Predictor
 from vovnet.profiling.compare import Comparison, Ratio, Sampling, interleave
@@ -30,7 +31,7 @@ from vovnet.profiling.records import (
     Profile,
     printable,
 )
-from vovnet.profiling.roofline import DTYPES, Ceilings, cache_folder, find_ceilings
+from vovnet.profiling.roofline import DTYPES, Ceilings, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
 from vovnet.profiling.target import (
     Network,

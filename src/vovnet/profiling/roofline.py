@@ -5,7 +5,6 @@ Williams, Waterman and Patterson, "Roofline: an insightful visual performance mo
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vovnet.errors import ConfigError
-from vovnet.files import atomic_write_json
-from vovnet.profiling.machine import available_cores, device_name
+from vovnet.files import atomic_write_json, cache_folder
+from vovnet.hardware import available_cores
+from vovnet.profiling.machine import device_name
 from vovnet.profiling.records import Placement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,11 +104,6 @@ def find_ceilings(
     except OSError:
         pass  # a read-only home must not keep anyone from profiling
     return found
-
-
-def cache_folder() -> Path:
-    """Where the ceilings are kept: XDG_CACHE_HOME/vovnet, or ~/.cache/vovnet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet"
 
 
 def measure_flops_per_s(device: torch.device, dtype: torch.dtype, work: Workload) -> float:

@@ -23,6 +23,7 @@ class OnnxRuntimeEngine:
     device = "cpu"
     precision = "fp32"
     chosen_because = ""
+    parallel = 1
 
     def __init__(self, file: ExportedFile, *, threads: int | None) -> None:
         onnxruntime = import_onnxruntime()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from vovnet.errors import ConfigError
 from vovnet.model_folder import load_config, load_tensors
@@ -19,10 +20,11 @@ from vovnet.models.weights import load_tensors as load_into
 from vovnet.models.zoo import create_model, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.published import find_published, published_preprocess
+from vovnet.runtime.cuda_graphs import GraphedPass
 from vovnet.runtime.packed import Packing, prepare_packing
 from vovnet.runtime.threads import check_threads
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
@@ -30,6 +32,7 @@ class TorchEngine:
 
     name = "torch"
     chosen_because = ""
+    parallel = 1
 
     def __init__(
         self,
@@ -47,18 +50,29 @@ class TorchEngine:
         self.max_detections: int = detector.config.max_detections if detector else 0
         self.has_masks: bool = detector is not None and detector.has_masks
         self.packing: Packing | None = None
+        self.graphed: GraphedPass | None = None
 
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """As Engine.infer; copying the results to the CPU waits for the device."""
         kind = self.device.partition(":")[0]
-        dtype = _DTYPES.get(self.precision)
+        dtype = DTYPES.get(self.precision)
         packing = self.packing.batch(images.shape) if self.packing else nullcontext()
-        autocast = torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+        # What a recorded graph reads must not lie in a cache that is emptied behind it.
+        cached, enabled = self.graphed is None, dtype is not None
+        autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
         with torch.inference_mode(), autocast, packing:
-            found = self.graph(
+            found = self._run(
                 torch.from_numpy(images).to(self.device), torch.from_numpy(sizes).to(self.device)
             )
-        return {name: _to_numpy(value) for name, value in found.items()}
+        return {name: to_numpy(value) for name, value in found.items()}
+
+    def _run(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        if self.graphed is None:
+            return self.graph(images, sizes)  # type: ignore[no-any-return]
+        found = self.graphed(images, sizes)
+        if isinstance(self.graph, ClassifierGraph):
+            return found
+        return self.graph.detector.detect(found, sizes)  # type: ignore[operator, no-any-return]
 
 
 def load(
@@ -90,7 +104,33 @@ def load(
         graph: ClassifierGraph | DeployGraph = ClassifierGraph(network, mean=mean, std=std)
     else:
         graph = DeployGraph(network, mean=mean, std=std)
-    return TorchEngine(graph, device=chosen, precision="fp32" if precision == "auto" else precision)
+    engine = TorchEngine(
+        graph, device=chosen, precision="fp32" if precision == "auto" else precision
+    )
+    if chosen.type == "cuda":
+        prepare_for_gpu(engine)
+    return engine
+
+
+def prepare_for_gpu(engine: TorchEngine) -> None:
+    """Has the weights in the precision that is computed in, and the network's pass recorded as CUDA
+    graphs: a classifier's whole, of a detector what comes before the choice of detections, whose
+    work depends on what is seen.
+    """
+    dtype = DTYPES.get(engine.precision)
+    if dtype is not None:
+        cast_weights(engine.graph, dtype)
+    graph = engine.graph
+    engine.graphed = GraphedPass(
+        graph if isinstance(graph, ClassifierGraph) else graph.predict, torch.device(engine.device)
+    )
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Casts, in place, what autocast to dtype would cast again in every pass: the same results."""
+    for part in network.modules():
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            part.to(dtype)
 
 
 def load_packed(
@@ -110,7 +150,7 @@ def load_packed(
         raise ConfigError(f"device: expected cpu for torch-packed, got {device!r}")
     loaded = load(model, precision=precision, device="cpu", threads=threads, settings=settings)
     loaded.name = "torch-packed"
-    loaded.packing = prepare_packing(loaded.graph, _DTYPES.get(loaded.precision, torch.float32))
+    loaded.packing = prepare_packing(loaded.graph, DTYPES.get(loaded.precision, torch.float32))
     return loaded
 
 
@@ -134,6 +174,7 @@ def load_compiled(
             "engine: expected a C++ compiler for torch-compile (g++, clang++ or $CXX), found none"
         )
     loaded.name = "torch-compile"
+    loaded.graphed = None  # a compiled network is not recorded
     graph = loaded.graph
     (graph.detector if isinstance(graph, DeployGraph) else graph).compile()
     return loaded
@@ -161,7 +202,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) -> torch.nn.Module:
+def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) -> nn.Module:
     """The network of a model folder with its weights, as float32; raises ConfigError.
 
     overrides go over the folder's own settings of the network.
@@ -190,6 +231,7 @@ def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) 
     return model.eval()
 
 
-def _to_numpy(value: torch.Tensor) -> NDArray[Any]:
+def to_numpy(value: Tensor) -> NDArray[Any]:
+    """A tensor of any device; bfloat16, which numpy has not, as float32."""
     value = value.cpu()
     return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

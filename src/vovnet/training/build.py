@@ -15,7 +15,7 @@ from vovnet.models.weights import fetch_published, load_backbone, load_tensors, 
 from vovnet.models.zoo import create_model, split_name, task_of
 from vovnet.preprocess import Preprocess
 from vovnet.published import PUBLISHED
-from vovnet.training.config import TrainConfig
+from vovnet.training.config import TrainConfig, check_task
 
 _CLASS_LAYERS = (
     "head.fc",
@@ -72,6 +72,23 @@ def build_model(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
     if config.init is not None:
         _load_trained(model, config.init, class_names)
     return model
+
+
+def checked_task(config: TrainConfig) -> str:
+    """What a training is for: what its model does, or pretrain.
+
+    Raises ConfigError on a detector to pretrain, on another task than the config's, and on settings
+    without use for it.
+    """
+    kind, backbone = split_name(config.model)
+    task = "pretrain" if config.task == "pretrain" else task_of(config.model)
+    if task == "pretrain" and kind is not None:
+        raise ConfigError(
+            f"model: expected a backbone to pretrain, got the detector {config.model}; its "
+            f"backbone is {backbone}"
+        )
+    check_task(config, task)
+    return task
 
 
 def backbone_of(model: nn.Module) -> VoVNet:

@@ -42,6 +42,7 @@ from vovnet.training.distill import Lesson, attend, feature_loss, load_teacher, 
 from vovnet.training.loop import StopSignals, epoch_order
 from vovnet.training.package import provenance
 from vovnet.training.step import LossStep
+from vovnet.training.task import ADVICE
 
 CHECKED_PICTURES = 100_000
 """Up to so many are decoded before the first step; of more, bad ones show when they are met, unless
@@ -98,6 +99,9 @@ class _StoppedError(Exception):
 class ClassifierTask:
     """The training of a classifier as `train` runs it; see its Task."""
 
+    chooses_best = True
+    advice = ADVICE
+
     def __init__(self, config: TrainConfig, *, skip_bad: bool, device: torch.device) -> None:
         assert config.data is not None
         self.config = config
@@ -109,6 +113,7 @@ class ClassifierTask:
         names = self.train_data.class_names
         self.val_data = load_classes(Path(config.data), config.val_split, class_names=names)
         self.skipped: list[str] = []
+        self.notes: list[str] = []
         self.train_data = self._checked(self.train_data, skip_bad)
         self.val_data = self._checked(self.val_data, skip_bad)
         self.class_names = names

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
@@ -25,10 +26,15 @@ _EXCLUSIVE = (
     ("warmup_fraction", "warmup_steps"),
 )
 _CLASSIFIERS_ONLY = (
-    "test_image_size", "crop_fraction", "drop_rate", "class_balance", "teacher", "distill",
-    "teacher_weight",
+    "test_image_size", "crop_fraction", "drop_rate", "class_balance", "distill", "teacher_weight",
 )  # fmt: skip
-_DETECTORS_ONLY = ("max_detections", "data_format")
+_DETECTORS_ONLY = ("max_detections", "data_format", "teacher_score")
+_USELESS = {
+    "classify": _DETECTORS_ONLY,
+    "detect": _CLASSIFIERS_ONLY,
+    "segment": _CLASSIFIERS_ONLY,
+    "pretrain": (*_CLASSIFIERS_ONLY, "max_detections", "teacher_score", "patience"),
+}
 # What a resumed training may change; all else would make it another training.
 _FREE_ON_RESUME = {
     "data", "epochs", "max_minutes", "max_steps", "eval_every_epochs", "eval_every_minutes",
@@ -46,8 +52,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    task: Literal["classify", "detect", "segment"] | None = Field(
-        None, description="what the model does; none: as its name says"
+    task: Literal["classify", "detect", "segment", "pretrain"] | None = Field(
+        None, description="what the model does, or pretrain; none: as its name says"
     )
     model: str = Field("centermask_lite_ese_vovnet19b_slim", description="a name of list_models()")
     model_overrides: dict[str, Any] = Field(
@@ -92,8 +98,12 @@ class TrainConfig(BaseModel):
     )
     teacher: str | None = Field(
         None,
-        description="what a classifier learns from beside the labels: a model folder, a published "
-        "name, timm:NAME, torchvision:NAME (each with @FILE of weights), or FILE.py:FUNCTION",
+        description="what is learnt from beside the labels. Classifiers and backbones: a model "
+        "folder, a published name, timm:NAME, torchvision:NAME (each with @FILE of weights), or "
+        "FILE.py:FUNCTION. Detectors: a detector's folder or exported file, or YOLOX's .onnx",
+    )
+    teacher_score: float = Field(
+        0.5, gt=0, le=1, description="of a detector's teacher: from it on, what it found is learnt"
     )
     distill: Literal["auto", "logits", "features", "head"] = Field(
         "auto", description="of the teacher; head: its features under a classifier fitted here"
@@ -216,13 +226,17 @@ def check_task(config: TrainConfig, task: str) -> None:
         raise ConfigError(
             f"model: expected one to {config.task}, got {config.model}, which is one to {task}"
         )
-    if config.teacher is None and (config.distill != "auto" or config.teacher_weight != 1):
-        raise ConfigError("teacher: expected one for distill and teacher_weight, got none")
-    useless = _DETECTORS_ONLY if task == "classify" else _CLASSIFIERS_ONLY
-    for name in useless:
+    for name in ("distill", "teacher_weight", "teacher_score"):
+        if config.teacher is None and getattr(config, name) != _default(name):
+            raise ConfigError(f"teacher: expected one for {name}, got none")
+    for name in _USELESS[task]:
         value = getattr(config, name)
-        if value != TrainConfig.model_fields[name].default:
+        if value != _default(name):
             raise ConfigError(f"{name}: expected none for a model to {task}, got {value!r}")
+
+
+def _default(name: str) -> object:
+    return TrainConfig.model_fields[name].default
 
 
 def list_recipes() -> list[Recipe]:
@@ -246,15 +260,20 @@ def find_recipe(name: str) -> Recipe:
 
 
 def load_config(
-    recipe: str | None, yaml_path: Path | None, flags: Mapping[str, object]
+    recipe: str | None,
+    yaml_path: Path | None,
+    flags: Mapping[str, object],
+    *,
+    defaults: Mapping[str, object] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Merge flags over the YAML file over the recipe; flags that are None count as not given.
+    """Merge flags over the YAML file over the recipe, or `defaults` where there is none; flags that
+    are None count as not given.
 
     Settings that are themselves mappings (model_overrides, preprocess, augment) merge key by key.
     Raises ConfigError naming what was expected and found.
     """
     base = None if recipe is None else find_recipe(recipe)
-    merged = {} if base is None else base.config.model_dump(exclude_unset=True)
+    merged = dict(defaults) if base is None else base.config.model_dump(exclude_unset=True)
     if yaml_path is not None:
         merged = _merge(merged, _yaml_layer(yaml_path), str(yaml_path))
     given = {key: value for key, value in flags.items() if value is not None}

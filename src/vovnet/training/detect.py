@@ -1,6 +1,7 @@
 """Training a detector or segmenter: its data, evaluation, and what is kept of it."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +27,18 @@ from vovnet.runtime.torch import TorchEngine
 from vovnet.training.build import build_model, model_overrides, preprocess_fields
 from vovnet.training.checkpoint import Position
 from vovnet.training.config import TrainConfig
+from vovnet.training.detect_teacher import UNSURE, load_detector, teach
 from vovnet.training.loop import StopSignals, epoch_order
 from vovnet.training.package import provenance
 from vovnet.training.step import DetectorStep, LossStep
+from vovnet.training.task import ADVICE
 
 
 class DetectorTask:
     """The training of a detector as `train` runs it; see its Task."""
 
-    spent_s = 0.0
+    chooses_best = True
+    advice = ADVICE
 
     def __init__(self, config: TrainConfig, *, skip_bad: bool, device: torch.device) -> None:
         self.config = config
@@ -48,6 +52,11 @@ class DetectorTask:
                 )
             preset = replace(preset, output_size=(config.image_size, config.image_size))
         self.train_data, self.val_data, self.skipped = load_splits(config, skip_bad=skip_bad)
+        self.notes: list[str] = []
+        started_s = time.monotonic()
+        if config.teacher is not None:
+            self.train_data = self._taught(config.teacher, device)
+        self.spent_s = time.monotonic() - started_s
         if task_of(config.model) == "segment" and not has_masks(self.train_data):
             raise DataError(
                 f"{config.data}: expected masks to train {config.model} on, found none; choose a "
@@ -135,6 +144,19 @@ class DetectorTask:
     ) -> str:
         """README.md of the model folder."""
         return model_card(model_config, metrics)
+
+    def _taught(self, spec: str, device: torch.device) -> DetectionData:
+        """The training data with what a teacher finds beside their labels."""
+        score, where = self.config.teacher_score, f"teacher {spec}"
+        lessons = teach(
+            self.train_data,
+            load_detector(spec, score=UNSURE * score, device=device),
+            score=score,
+            with_masks=task_of(self.config.model) == "segment",
+            where=where,
+        )
+        self.notes.append(f"{where}: {lessons.describe()}")
+        return lessons.data
 
 
 def load_splits(

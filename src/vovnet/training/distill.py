@@ -44,7 +44,7 @@ class ForeignEngine:
     """
 
     name, precision, chosen_because = "torch", "fp32", ""
-    max_detections, has_masks = 0, False
+    parallel, max_detections, has_masks = 1, 0, False
 
     def __init__(
         self, module: nn.Module, preprocess: Preprocess, device: torch.device, *, where: str

@@ -41,6 +41,23 @@ class Budget:
     total_steps: int | None = None
     max_seconds: float | None = None
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        max_minutes: float | None,
+        max_steps: int | None,
+        epochs: float | None,
+        batches_per_epoch: int,
+    ) -> "Budget":
+        """The length of which one is given."""
+        if max_minutes is not None:
+            return cls(max_seconds=60 * max_minutes)
+        if max_steps is not None:
+            return cls(total_steps=max_steps)
+        assert epochs is not None
+        return cls(total_steps=max(1, math.ceil(epochs * batches_per_epoch)))
+
     def spent_fraction(self, position: Position) -> float:
         """Share of the training that is done, 0..1."""
         if self.total_steps is not None:

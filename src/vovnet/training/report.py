@@ -16,6 +16,10 @@ from vovnet.files import atomic_path, atomic_write_text
 
 Record = dict[str, Any]
 
+_CURVES = (
+    ("box", "ap"), ("box", "ap50"), ("mask", "ap"), ("mask", "ap50"), ("top1",), ("matched",),
+)  # fmt: skip
+
 
 class ProgressReport:
     """Messages on stderr, and on a terminal a bar that moves with every step."""
@@ -172,7 +176,7 @@ def draw_curves(path: Path, records: Sequence[Record]) -> None:
         points = [(r["step"], r["losses"].get(name)) for r in steps]
         losses.plot(*zip(*points, strict=True), label=name)
     rates.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
-    for keys in (("box", "ap"), ("box", "ap50"), ("mask", "ap"), ("mask", "ap50"), ("top1",)):
+    for keys in _CURVES:
         points = [(r["step"], _at(r["metrics"], keys)) for r in evaluations]
         found = [(step, value) for step, value in points if value is not None]
         if found:

@@ -16,9 +16,8 @@ from vovnet.errors import ConfigError, DataError
 from vovnet.files import atomic_write_text, new_run_dir
 from vovnet.model_folder import TRAINED_FOLDER, save_model_folder
 from vovnet.models.weights import load_tensors
-from vovnet.models.zoo import task_of
 from vovnet.runtime.torch import choose_device, set_threads
-from vovnet.training.build import frozen_parts
+from vovnet.training.build import checked_task, frozen_parts
 from vovnet.training.checkpoint import (
     LAST,
     Checkpoint,
@@ -33,7 +32,7 @@ from vovnet.training.checkpoint import (
     save_plain,
 )
 from vovnet.training.classify import ClassifierTask
-from vovnet.training.config import TrainConfig, check_same_training, check_task, config_to_yaml
+from vovnet.training.config import TrainConfig, check_same_training, config_to_yaml
 from vovnet.training.detect import DetectorTask
 from vovnet.training.loop import (
     Budget,
@@ -47,6 +46,7 @@ from vovnet.training.loop import (
 )
 from vovnet.training.optim import Ema, build_optimizer
 from vovnet.training.package import stored_tensor
+from vovnet.training.pretrain import PretrainTask
 from vovnet.training.report import (
     ProgressReport,
     Record,
@@ -70,6 +70,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "classify": ClassifierTask,
     "detect": DetectorTask,
     "segment": DetectorTask,
+    "pretrain": PretrainTask,
 }
 
 
@@ -133,10 +134,9 @@ def _train(
     checkpoint = None if checkpoint_file is None else load_checkpoint(checkpoint_file)
     if checkpoint is not None:
         check_same_training(config, checkpoint.config, where=str(checkpoint_file))
-    found = task_of(config.model)
-    check_task(config, found)
+    make_task = TASKS[checked_task(config)]
     set_threads(config.threads)
-    task = TASKS[found](config, skip_bad=skip_bad, device=device)
+    task = make_task(config, skip_bad=skip_bad, device=device)
     if task.num_train < world.size:
         raise ConfigError(
             f"torchrun: expected at most {task.num_train} processes, one for each image, "
@@ -166,6 +166,8 @@ def _train(
             report.message(
                 f"left out {len(task.skipped)} bad entries, see {run.folder / 'skipped.txt'}"
             )
+    for note in task.notes:
+        report.message(note)
     report.message(
         f"{run.folder}: {config.model}, {task.num_train} images to train on, "
         f"{task.num_val} to evaluate on, {run.device}"
@@ -217,7 +219,12 @@ def _train_and_evaluate(run: _Run) -> int | None:
     """Train to the end, with evaluations and checkpoints; the signal's number when interrupted."""
     config, position = run.config, run.position
     batches_per_epoch = count_batches(run.task.num_train, config.batch_size)
-    budget = _budget(config, batches_per_epoch)
+    budget = Budget.of(
+        max_minutes=config.max_minutes,
+        max_steps=config.max_steps,
+        epochs=config.epochs,
+        batches_per_epoch=batches_per_epoch,
+    )
     records = _steps(run, budget, batches_per_epoch)
     saved_s = position.spent_s
     with (
@@ -313,15 +320,6 @@ def _shared_signal(run: _Run, stop: StopSignals) -> int | None:
     return int(received) or None
 
 
-def _budget(config: TrainConfig, batches_per_epoch: int) -> Budget:
-    if config.max_minutes is not None:
-        return Budget(max_seconds=60 * config.max_minutes)
-    if config.max_steps is not None:
-        return Budget(total_steps=config.max_steps)
-    assert config.epochs is not None
-    return Budget(total_steps=max(1, math.ceil(config.epochs * batches_per_epoch)))
-
-
 def _evaluation_due(run: _Run, budget: Budget) -> bool:
     config, position = run.config, run.position
     if position.step == position.evaluated_step:
@@ -353,7 +351,7 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
         "spent_s": position.spent_s,
     }
     run.report.step(record, fraction)
-    # The first too, so that a slow machine soon says how long it will take; the last for the curves.
+    # The first too, so that a slow machine soon says how long it takes; the last for the curves.
     if position.step % run.config.log_every_steps == 0 or position.step == 1 or fraction >= 1:
         if run.world.is_main:
             _write_record(run, record)
@@ -373,7 +371,7 @@ def _evaluate_and_keep_best(run: _Run, stop: StopSignals) -> bool:
         return False
     position.evaluated_s, position.evaluated_step = position.spent_s, position.step
     position.evaluations_since_best += 1
-    if value > position.best_metric:
+    if value > position.best_metric or not run.task.chooses_best:
         position.best_metric, position.best_step = value, position.step
         position.evaluations_since_best = 0
         if run.world.is_main:
@@ -447,5 +445,5 @@ def _finish(run: _Run) -> TrainResult:
     card = run.task.card(model_config, run.ema.module, metrics, file_bytes=file_bytes)
     save_model_folder(folder, model_config, arrays, card=card)
     run.report.message(f"{folder}: {metrics.format()}")
-    run.report.message(f"try it: vovnet predict --model {folder} --source FILES")
+    run.report.message(run.task.advice.format(folder=folder))
     return TrainResult(run_dir=run.folder, model_dir=folder, metrics=metrics)

@@ -13,6 +13,8 @@ from vovnet.training.checkpoint import Position
 from vovnet.training.loop import EpochDataset, StopSignals
 from vovnet.training.step import LossStep
 
+ADVICE = "try it: vovnet predict --model {folder} --source FILES"
+
 
 class Metrics(Protocol):
     """What an evaluation gives."""
@@ -30,12 +32,18 @@ class Metrics(Protocol):
 class Task(Protocol):
     """What a training does for one kind of model.
 
-    spent_s     seconds that its preparation took of the time the training may take
-    skipped     what of the data was left out, one line each
+    spent_s        seconds that its preparation took of the time the training may take
+    skipped        what of the data was left out, one line each
+    notes          what else its user should know before it begins, one line each
+    chooses_best   whether the weights of the best evaluation are kept, else those of the last
+    advice         what to do with the model, in whose place {folder} stands
     """
 
     spent_s: float
     skipped: list[str]
+    notes: list[str]
+    chooses_best: bool
+    advice: str
     class_names: tuple[str, ...]
 
     @property
