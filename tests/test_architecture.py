@@ -176,6 +176,7 @@ ORDER = [
     "training.pretrain",
     "training.run",
     # command line
+    "cli.engines",
     "cli.check",
     "cli.convert",
     "cli.convert_data",

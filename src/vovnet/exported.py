@@ -22,6 +22,9 @@ BESIDE = {
 """Of each engine, the files in a model folder that it can run, the best first."""
 
 
+InputName = Literal["images", "sizes", "min_score"]
+
+
 class Int8Info(BaseModel):
     """What an export in eight bits was judged by; unknown keys are refused."""
 
@@ -52,7 +55,7 @@ class ExportInfo(BaseModel):
     """That the weights are stored in; int8: computed with, too."""
     raw: bool
     """The outputs are the network's own; no detections have been chosen."""
-    inputs: list[str]
+    inputs: list[InputName]
     """Of images, sizes and min_score, in the order of the file."""
     sides: tuple[int, int] | None = None
     """Height and width that every image must have; None: multiples of 32, of a classifier any."""

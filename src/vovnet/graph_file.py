@@ -61,7 +61,7 @@ def _read_pt2(stream: BinaryIO) -> dict[str, str]:
                     if entry.file_size > _MAX_TEXT_BYTES:
                         raise ValueError(f"a text of {entry.file_size} bytes")
                     texts[name] = archive.read(entry).decode()
-    except (BadZipFile, NotImplementedError) as error:
+    except (BadZipFile, EOFError, RuntimeError) as error:  # encrypted, too
         raise ValueError(str(error)) from None
     return texts
 

@@ -195,6 +195,8 @@ def resolve_model(folder_or_name: str | Path) -> Path:
     if folder.is_dir():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise ConfigError(f"{folder}: expected a model folder with {CONFIG_FILE}, found {found}")
+    if is_graph_file(folder):
+        raise ConfigError(f"{folder}: expected a file that `vovnet export` wrote, found none")
     names = ", ".join(sorted(bundled)) or "none"
     raise ConfigError(
         f"expected a model folder or the name of a bundled model ({names}), found neither at "

@@ -115,11 +115,13 @@ def predict_files(
     except KeyboardInterrupt:
         report.interrupted = True
     finally:
-        found_in.close()
-        pages.close()
-        drawing.shutdown()
-        atomic_write_json(output_dir / RESULTS, coco, indent=None)
-        atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
+        try:
+            found_in.close()
+            pages.close()
+            drawing.shutdown()
+        finally:  # a second Ctrl-C does not lose them either
+            atomic_write_json(output_dir / RESULTS, coco, indent=None)
+            atomic_write_text(output_dir / LINES, "".join(f"{line}\n" for line in lines))
     return report
 
 

@@ -41,12 +41,12 @@ def test_table_csv_page_and_card(
     model_folder: Path,
     tmp_path: Path,
 ) -> None:
-    folder = shutil.copytree(model_folder, tmp_path / "model")
+    folder = shutil.copytree(model_folder, tmp_path / "run-1" / "model")
     outputs = ("--csv", tmp_path / "a.csv", "--html", tmp_path / "a.html", "--update-card")
     assert run(monkeypatch, folder, *QUICK, "--cold-starts", 0, *outputs) == 0
     out, err = capsys.readouterr()
     assert "GMACs" in out
-    assert "model: slowest 10 of" in out
+    assert "run-1: slowest 10 of" in out
     assert "all stages" in out
     assert "point 1 of 1: batch 1, 64 x 64, fp32 nhwc" in err
     assert (tmp_path / "a.csv").read_text().startswith("model,kind,task")

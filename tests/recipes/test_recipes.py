@@ -23,10 +23,10 @@ from vovnet.training.build import model_overrides
 from vovnet.training.checkpoint import Position
 from vovnet.training.config import Recipe, TrainConfig, list_recipes, load_config
 from vovnet.training.detect import DetectorTask
-from vovnet.training.loop import Schedule, train_step
+from vovnet.training.loop import Budget, Schedule, train_step
 from vovnet.training.optim import build_optimizer, set_learning_rate
 from vovnet.training.report import read_records
-from vovnet.training.run import _budget, train
+from vovnet.training.run import train
 
 DETECTORS = [r for r in list_recipes() if r.config.max_steps is not None]
 BACKBONE_FIELDS = {field.name for field in fields(VoVNetConfig)}
@@ -192,7 +192,12 @@ def two_steps(config: TrainConfig) -> tuple[list[dict[str, float]], bool]:
         learning_rate=config.learning_rate,
         warmup_fraction=config.warmup_fraction,
         warmup_steps=config.warmup_steps,
-        budget=_budget(config, 1),
+        budget=Budget.of(
+            max_minutes=config.max_minutes,
+            max_steps=config.max_steps,
+            epochs=config.epochs,
+            batches_per_epoch=1,
+        ),
         drops_at=config.drops_at,
     )
     stem = next(v for k, v in step.named_parameters() if k.endswith("stem.0.conv.weight"))

@@ -322,7 +322,8 @@ def val(
 @app.command()
 def predict(
     model: Annotated[
-        str, typer.Option(help="A model folder, a bundled model, or published ImageNet weights.")
+        str,
+        typer.Option(help="Model folder, exported file, bundled model, or published weights."),
     ],
     source: Annotated[str, typer.Option(help="A file, a folder, or a quoted pattern.")],
     output: Annotated[

@@ -87,22 +87,22 @@ DETECTOR_PARTS: dict[str, tuple[int, int, int]] = {
     "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752),
     "refinedet": (34_708_548, 30_252_100, 30_252_100),
     "dsod": (10_910_188, 9_961_452, 9_961_452),
-    "vovdet": (2_055_072, 1_944_480, 1_944_480),
-    "vovdet_seg": (2_243_104, 2_132_512, 2_132_512),
+    "vovdet": (1_452_720, 1_342_128, 1_342_128),
+    "vovdet_seg": (1_631_440, 1_520_848, 1_520_848),
 }
 """Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128."""
 
 SIZED_PARTS: dict[str, int] = {
-    "vovdet_n": 374_560,
-    "vovdet_s": 1_944_480,
-    "vovdet_m": 3_509_856,
-    "vovdet_l": 5_349_664,
-    "vovdet_n_seg": 398_752,
-    "vovdet_s_seg": 2_132_512,
-    "vovdet_m_seg": 3_834_208,
-    "vovdet_l_seg": 5_847_200,
+    "vovdet_n": 288_880,
+    "vovdet_s": 1_342_128,
+    "vovdet_m": 2_461_104,
+    "vovdet_l": 3_731_632,
+    "vovdet_n_seg": 306_832,
+    "vovdet_s_seg": 1_520_848,
+    "vovdet_m_seg": 2_773_072,
+    "vovdet_l_seg": 4_213_712,
 }
-"""The same of detectors whose name says the backbone too; VovDet's two heads are both in it."""
+"""The same of detectors whose name says the backbone too."""
 
 _STAGE_2_WIDTHS = (256, 112, 128)
 

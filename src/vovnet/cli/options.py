@@ -7,7 +7,7 @@ import typer
 
 from vovnet._lazy import COMMANDS, load
 
-Model = Annotated[str, typer.Option(help="A model folder, or the name of a bundled model.")]
+Model = Annotated[str, typer.Option(help="A model folder, a bundled model, or an exported file.")]
 Data = Annotated[
     Path, typer.Option(help="Data set: a folder in COCO, Pascal VOC or YOLO format, see --format.")
 ]
@@ -17,7 +17,9 @@ DataFormat = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: the GPU if there is one.")]
-Engine = Annotated[str, typer.Option(help="auto, torch, openvino, onnxruntime, torch-packed, ...")]
+Engine = Annotated[
+    str, typer.Option(help="auto, openvino, onnxruntime, torch, torch-packed, torch-compile, ...")
+]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or int8 (exports).")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")]
 MaxDetections = Annotated[

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeR
 from vovnet.augmented_predict import PLAIN, parse_views
 from vovnet.classify import Classifier, is_classifier
 from vovnet.classify_files import ClassifiedImage, classify_files
+from vovnet.cli.engines import print_engine
 from vovnet.errors import ConfigError
 from vovnet.files import new_run_dir
 from vovnet.images import find_images, printable
@@ -23,7 +24,6 @@ from vovnet.model_folder import name_of, resolve_model
 from vovnet.predict import Predictor
 from vovnet.predict_files import predict_files, return_large_blocks
 from vovnet.published import find_published
-from vovnet.runtime.engine import Engine
 
 TOP = 5
 _FILE_COLUMNS, _CLASS_COLUMNS = 120, 24
@@ -130,7 +130,7 @@ def detect(
         score_threshold=_parse_thresholds(options.score_threshold or []),
         max_detections=options.max_detections,
     )
-    _print_engine(predictor.engine)
+    print_engine(predictor.engine)
     output = _make_output(output, model)
     with _started(len(paths)) as run:
         report = predict_files(
@@ -188,7 +188,7 @@ def classify(
         threads=threads,
         test_size=bool(options.test_size),
     )
-    _print_engine(classifier.engine)
+    print_engine(classifier.engine)
     # A backbone writes nothing but its features.
     if classifier.class_names or options.features is None:
         output = _make_output(output, model)
@@ -277,13 +277,6 @@ def _line(image: ClassifiedImage, width: int) -> str:
     page = f" [{image.page + 1}]" if image.page else ""
     cells = [f"{share:.3f} {printable(name):<{_CLASS_COLUMNS}}" for name, share in image.top]
     return f"{printable(image.file) + page:<{width}}  {'  '.join(cells)}".rstrip()
-
-
-def _print_engine(engine: Engine) -> None:
-    """Says what was chosen, where it is not torch."""
-    if engine.chosen_because and engine.name != "torch":
-        text = f"engine {engine.name}, {engine.precision}: {engine.chosen_because}"
-        print(f"vovnet: {text}", file=sys.stderr)
 
 
 def _print_error(text: str) -> None:

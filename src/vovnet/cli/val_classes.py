@@ -24,6 +24,7 @@ from vovnet.class_pictures import (
     find_mistakes,
 )
 from vovnet.classify import Classifier, softmax
+from vovnet.cli.engines import print_engine
 from vovnet.data.classes import ClassData
 from vovnet.errors import ConfigError, DataError
 from vovnet.evaluation_classes import (
@@ -72,6 +73,7 @@ def val_classes(
     if not classifier.class_names:
         raise ConfigError(f"{model}: expected a classifier, found a backbone without classes")
     data = load_known_classes(data_dir, split, classifier.class_names)
+    print_engine(classifier.engine)
     logits, data, skipped = _predict(classifier, data, skip_bad)
     metrics = evaluate_classes(logits, data.labels, classifier.class_names, bootstrap=bootstrap)
     report = metrics.to_dict(with_confusion=True) | {"split": split, "skipped": skipped}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vovnet.augmented_predict import parse_views, predict_augmented
+from vovnet.cli.engines import print_engine
 from vovnet.data.formats import load_split
 from vovnet.data.labels import DetectionData, has_masks
 from vovnet.error_analysis import analyse_errors, coco_curves
@@ -19,7 +20,7 @@ from vovnet.errors import ConfigError
 from vovnet.evaluation import IouType, Metrics, evaluate_coco, predict_images
 from vovnet.evaluation_voc import VocMetric, evaluate_voc
 from vovnet.files import atomic_write_text
-from vovnet.model_folder import load_config, resolve_model
+from vovnet.model_folder import load_config, name_of, resolve_model
 from vovnet.predict import Predictor
 from vovnet.results import Detections
 from vovnet.val_page import val_page
@@ -69,6 +70,7 @@ def val_detections(
             f"{data_dir}: expected the model's classes {', '.join(predictor.class_names)}, "
             f"found {', '.join(data.class_names)}"
         )
+    print_engine(predictor.engine)
     predict = _with_views(predictor, options.tta)
     predictions = list(chain.from_iterable(predict_images(predict, data)))
     with_masks = has_masks(data) and predictor.engine.has_masks
@@ -134,5 +136,5 @@ def _write_page(
     if min_score is None:
         min_score = np.nan_to_num(metrics.by_type["bbox"].best_f1_score)
     errors = analyse_errors(data, predictions, min_score=float(min_score))
-    name = resolve_model(model).resolve().name
+    name = name_of(resolve_model(model))
     atomic_write_text(path, val_page(f"{name} on {source}", data, metrics, curves, errors))

@@ -10,6 +10,7 @@ from torch.export import Dim
 from vovnet.errors import ConfigError
 from vovnet.export.detections import find_detections
 from vovnet.export.fuse import CenteredInput
+from vovnet.exported import InputName
 from vovnet.models.layers import DeformableConvNormAct
 from vovnet.models.vovnet import VoVNet
 
@@ -20,7 +21,7 @@ _EXAMPLE_SIDES = (288, 416)
 class ExportedClassifier(nn.Module):
     """ClassifierGraph around a fused classifier; its images are never padded."""
 
-    inputs = ("images",)
+    inputs: tuple[InputName, ...] = ("images",)
 
     def __init__(self, fused: VoVNet, *, mean: Sequence[float]) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class ExportedClassifier(nn.Module):
 class ExportedDetector(nn.Module):
     """DeployGraph around a fused detector, written for shapes that are known beforehand."""
 
-    inputs = ("images", "sizes", "min_score")
+    inputs: tuple[InputName, ...] = ("images", "sizes", "min_score")
 
     def __init__(self, fused: nn.Module, *, mean: Sequence[float]) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class ExportedDetector(nn.Module):
 class ExportedRaw(nn.Module):
     """A fused detector without the choice of detections: its predictions for every location."""
 
-    inputs = ("images", "sizes")
+    inputs: tuple[InputName, ...] = ("images", "sizes")
 
     def __init__(self, fused: nn.Module, *, mean: Sequence[float]) -> None:
         super().__init__()

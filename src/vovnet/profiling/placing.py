@@ -15,7 +15,7 @@ from vovnet.profiling.records import ELEMENT_BYTES, Counts, Placement, Point, Po
 from vovnet.profiling.roofline import Ceilings, place, time_layers
 from vovnet.profiling.target import Network, Target, image_shape, load_module
 
-DENSE_PART = "backbone, neck and dense head; the second stage depends on what is found"
+DENSE_PART = "backbone, neck and dense head; what comes after depends on what is found"
 
 
 def count_target(target: Target, point: Point) -> CostReport:

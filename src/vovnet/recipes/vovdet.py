@@ -10,8 +10,8 @@ _COLOURS = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.3, "hue": 0.015}
 
 
 def config() -> TrainConfig:
-    """Settings for some hundred to some thousand pictures: the smallest network, mosaic for the
-    first three quarters, another size in each step.
+    """Settings for some hundred to some thousand pictures: the smallest network, pictures that grow
+    from half their size, mosaic for the first three quarters, another size in each step.
     """
     return TrainConfig(
         model="vovdet_n",
@@ -20,6 +20,7 @@ def config() -> TrainConfig:
             "output_size": (384, 384),
             "scale_range": (0.6, 1.5),
             "output_scale_range": (0.75, 1.25),
+            "first_scale": 0.5,
             "horizontal_flip": 0.5,
             "mosaic": 0.5,
             "mixed_until": 0.75,

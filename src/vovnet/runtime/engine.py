@@ -220,7 +220,7 @@ def _load_fastest(
     by_name = {candidate.engine: candidate for candidate in candidates}
     measured, loaded = find_measured(key), {}
     if measured is None:
-        loaded = _load_possible(candidates, load)
+        loaded = _load_possible(candidates, load, key["precision"])
         if len(loaded) > 1:
             measured = _measure(loaded, Path(candidates[0].model))
             keep_measured(key, measured)
@@ -232,11 +232,12 @@ def _load_fastest(
 
 
 def _load_possible(
-    candidates: Sequence[Candidate], load: Callable[..., Engine]
+    candidates: Sequence[Candidate], load: Callable[..., Engine], precision: str
 ) -> dict[str, Engine]:
     """Those that can run as asked, by name: not every engine has every precision.
 
-    Raises ConfigError where none can.
+    Who asks for a float precision gets a file in int8 only where there is no other. Raises
+    ConfigError where none can.
     """
     loaded, errors = {}, []
     for candidate in candidates:
@@ -246,7 +247,8 @@ def _load_possible(
             errors.append(error)
     if not loaded:
         raise errors[0]
-    return loaded
+    floats = {name: one for name, one in loaded.items() if one.precision != "int8"}
+    return floats if floats and precision not in ("auto", "int8") else loaded
 
 
 def _measure(engines: Mapping[str, Engine], model: Path) -> Measured:

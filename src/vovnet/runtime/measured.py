@@ -102,12 +102,12 @@ def keep_measured(key: Key, measured: Measured) -> None:
     """
     others = [entry for entry in _read_entries() if entry.get("key") != key]
     entries = [*others, {"key": key, "measured": measured.model_dump()}][-MAX_ENTRIES:]
-    path = _cache_file()
     try:
+        path = _cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(path, entries)
-    except (OSError, ValueError):
-        pass  # a read-only home must not keep anyone from predicting
+    except (OSError, ValueError, RuntimeError):
+        pass  # a read-only home, or none, must not keep anyone from predicting
 
 
 def _cache_file() -> Path:
@@ -117,7 +117,7 @@ def _cache_file() -> Path:
 def _read_entries() -> list[dict[str, Any]]:
     try:
         entries = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RuntimeError):
         return []
     return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
 

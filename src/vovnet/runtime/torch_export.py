@@ -133,7 +133,7 @@ def read_records(path: Path) -> dict[str, bytes]:
             entries = archive.infolist()
             packed = [one.filename for one in entries if one.compress_type != ZIP_STORED]
             records = {one.filename: archive.read(one) for one in entries if not packed}
-    except (OSError, BadZipFile, NotImplementedError) as error:
+    except (OSError, BadZipFile, EOFError, RuntimeError) as error:  # encrypted, too
         raise ConfigError(f"{path}: expected a .pt2 file that can be read: {error}") from None
     problem = next(_problems(records), "")
     if packed or len(records) != len(entries):

@@ -62,7 +62,7 @@ class DetectorTask:
                 f"{config.data}: expected masks to train {config.model} on, found none; choose a "
                 "detector, or data with masks"
             )
-        if not any(image.annotations for image in self.train_data.images):
+        if all(one.is_ignored for image in self.train_data.images for one in image.annotations):
             raise DataError(f"{config.data}: expected labelled objects to learn, found none")
         self.class_names = self.train_data.class_names
         self.dataset = TrainDataset(

@@ -193,16 +193,19 @@ class _Yolox:
         options.intra_op_num_threads = torch.get_num_threads()
         self.path, self.score = path, score
         self._session: Any = open_session(onnxruntime, path, options)
-        (image,), (output,) = self._session.get_inputs(), self._session.get_outputs()
-        self._input = image.name
-        self.side = image.shape[-1]
-        expected = [1, _places(self.side), 5 + len(COCO_NAMES)]
-        if image.shape != [1, 3, self.side, self.side] or output.shape != expected:
+        inputs, outputs = (
+            [one.shape for one in values]
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        self.side = inputs[0][-1] if inputs and inputs[0] else 0
+        expected = [[1, _places(self.side), 5 + len(COCO_NAMES)]]
+        if inputs != [[1, 3, self.side, self.side]] or outputs != expected:
             raise ConfigError(
                 f"teacher {path}: expected a file of `vovnet export`, or YOLOX of COCO's "
                 f"{len(COCO_NAMES)} classes with an input [1, 3, S, S] and S / 8 whole, got "
-                f"{image.shape} to {output.shape}"
+                f"{inputs} to {outputs}"
             )
+        self._input = self._session.get_inputs()[0].name
 
     def detect(self, image: NDArray[np.uint8]) -> Detections:
         """Detections of a picture, uint8 (H, W, 3) RGB."""

@@ -16,6 +16,7 @@ from vovnet.classify import Classifier
 from vovnet.data.classes import ClassData
 from vovnet.errors import ConfigError
 from vovnet.evaluation_classes import predict_logits
+from vovnet.graph_file import is_graph_file
 from vovnet.models.layers import Normalize
 from vovnet.models.weights import load_tensors, read_weights
 from vovnet.preprocess import Preprocess
@@ -91,7 +92,14 @@ def load_teacher(spec: str, *, device: torch.device) -> Classifier:
     """
     kind, _, rest = spec.partition(":")
     if kind not in ("timm", "torchvision") and not kind.endswith(".py"):
-        return Classifier.load(spec, device=str(device))
+        if not spec:
+            raise ConfigError("teacher: expected a name, a folder or a file, got ''")
+        # Of a folder the network itself: an export beside it can be rounded, or of one size.
+        wanted = "auto" if is_graph_file(Path(spec)) else "torch"
+        try:
+            return Classifier.load(spec, device=str(device), engine=wanted)
+        except ConfigError as error:
+            raise ConfigError(f"teacher: {error}") from None
     name, _, weights = rest.partition("@")
     tensors = read_weights(Path(weights)) if weights else {}
     names: tuple[str, ...] = ()

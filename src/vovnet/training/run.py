@@ -360,10 +360,7 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
 
 
 def _evaluate_and_keep_best(run: _Run, stop: StopSignals) -> bool:
-    """Evaluate the averaged weights and keep them if they are the best; False when stopped.
-
-    Process 0 does it, and tells the others.
-    """
+    """Process 0 evaluates the averaged weights, keeps the best; False when stopped."""
     position = run.position
     value = _evaluate(run, stop) if run.world.is_main else None
     done, value = run.world.share([value is not None, value or 0.0])
@@ -371,7 +368,8 @@ def _evaluate_and_keep_best(run: _Run, stop: StopSignals) -> bool:
         return False
     position.evaluated_s, position.evaluated_step = position.spent_s, position.step
     position.evaluations_since_best += 1
-    if value > position.best_metric or not run.task.chooses_best:
+    # Of those at 0, where nothing may be measurable, the latest is kept.
+    if value > position.best_metric or not (position.best_metric and run.task.chooses_best):
         position.best_metric, position.best_step = value, position.step
         position.evaluations_since_best = 0
         if run.world.is_main:
