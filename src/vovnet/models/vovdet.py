@@ -29,20 +29,14 @@ from vovnet.models.boxes import (
     grid_points,
     pad_rows,
 )
-from vovnet.models.layers import (
-    ConvKind,
-    flatten_anchors,
-    init_weights,
-    make_conv3x3,
-)
+from vovnet.models.layers import ConvKind, flatten_anchors, init_weights, make_conv3x3
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
 from vovnet.models.prototypes import MASK_SIZE, combine_prototypes, grow_boxes
 
 STRIDES = (8, 16, 32)
 LEVELS = ("p3", "p4", "p5")
+# What is kept: the best of neighbours on a map, what no better box of its class overlaps, all.
 Suppression = Literal["peaks", "nms", "none"]
-"""What is left out: all but the best of neighbours on a map, what overlaps a better one of its
-class, or nothing."""
 PEAK_WINDOW = 5  # locations
 _UNLIKELY = -1e4  # a logit whose probability is exactly 0
 _TINY_BOX = (0.0, 0.0, 1.0, 1.0)
@@ -93,9 +87,9 @@ class LevelHead(nn.Module):
     def __init__(self, config: VovDetConfig) -> None:
         super().__init__()
         channels = config.neck_channels
-        conv: ConvKind = "depthwise" if config.depthwise else "plain"
+        box_conv: ConvKind = "depthwise" if config.depthwise else "plain"
         self.cls_tower = _make_tower("depthwise", channels, config.tower_convs)
-        self.box_tower = _make_tower(conv, channels, config.tower_convs)
+        self.box_tower = _make_tower(box_conv, channels, config.tower_convs)
         self.logits = nn.Conv2d(channels, config.num_classes, 1)
         self.distribution = nn.Conv2d(channels, 4 * config.box_bins, 1)
         prototypes = config.prototypes if isinstance(config, VovDetSegConfig) else 0
@@ -342,7 +336,8 @@ def _mask_loss(
     """The mean mask loss of locations drawn from each image's positives."""
     coefficients, rois, truth = [], [], []
     for image, (one, target) in enumerate(zip(aligned, targets, strict=True)):
-        drawn = _draw(torch.nonzero(one.owner >= 0)[:, 0], config.mask_samples)
+        located = torch.nonzero(one.owner >= 0)[:, 0]
+        drawn = located[torch.randperm(len(located))[: config.mask_samples].to(located.device)]
         coefficients.append(raw["coefficients"][image, drawn])
         regions = grow_boxes(target.boxes_xyxy[one.owner[drawn]].to(coefficients[-1].dtype))
         rois.append(functional.pad(regions, (1, 0), value=image))
@@ -358,14 +353,8 @@ def _mask_loss(
     return mask_loss(logits, torch.cat(truth).to(logits.dtype)).mean()
 
 
-def _draw(indices: Tensor, limit: int) -> Tensor:
-    return indices[torch.randperm(len(indices))[:limit].to(indices.device)]
-
-
 def keep_peaks(raw: dict[str, Tensor]) -> Tensor:
-    """The logits (B, L, C) that no location within PEAK_WINDOW on the same map exceeds; the others
-    are as good as 0.
-    """
+    """The logits (B, L, C) that are highest within PEAK_WINDOW on their map, the others at -1e4."""
     maps = [raw[level].shape[-2:] for level in LEVELS]
     levels = raw["logits"].split([height * width for height, width in maps], dim=1)
     kept = []
