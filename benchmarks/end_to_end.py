@@ -9,9 +9,10 @@ openvino --precision int8 --data DIR`), DIR a folder of photographs, which are e
 megapixels and stored as JPEG of quality 90. All networks see them with a short side of 480 pixels.
 
 In one interleaved run, a folder each in random order:
-    pipeline        predict_files, as `vovnet predict --no-save` runs it
+    pipeline        predict_files, as `vovnet predict --no-save` runs it, several at a time;
+                    then one at a time, and in batches of 4
     decode          read and resize alone, on all cores
-    network         the engine alone, on prepared pictures
+    network         the engine alone, on prepared pictures, several at a time as in the pipeline
     eager           the same network in eager torch, picture after picture, BatchNorm unfolded
     Mask R-CNN      torchvision's R50-FPN in eager torch, random weights, with as many detections a
                     picture as ours has on average
@@ -45,6 +46,7 @@ from vovnet.predict_files import predict_files
 from vovnet.preprocess import Preprocess
 from vovnet.profiling.compare import Sampling, interleave
 from vovnet.runtime.engine import load_engine
+from vovnet.runtime.stream import infer_stream
 from vovnet.runtime.torch import TorchEngine, build_model
 
 Run = Callable[[], object]
@@ -65,9 +67,9 @@ def enlarge(folder: Path, target: Path, count: int) -> list[Path]:
     return written
 
 
-def pipeline_run(predictor: Predictor, paths: list[Path], output: Path) -> Run:
+def pipeline_run(predictor: Predictor, paths: list[Path], output: Path, batch_size: int) -> Run:
     def run() -> object:
-        report = predict_files(predictor, paths, output, save_pictures=False)
+        report = predict_files(predictor, paths, output, save_pictures=False, batch_size=batch_size)
         assert report.images == len(paths)
         assert not report.errors
         return report
@@ -89,7 +91,7 @@ def decode_run(preprocess: Preprocess, paths: list[Path], threads: int) -> Run:
 def network_run(predictor: Predictor, paths: list[Path]) -> Run:
     preprocess = predictor.preprocess
     given = [preprocess.batch([preprocess.resize(read_image(path))]) for path in paths]
-    return lambda: [predictor.engine.infer(*batch) for batch in given]
+    return lambda: list(infer_stream(predictor.engine, given))
 
 
 def eager_run(model: str, predictor: Predictor, paths: list[Path]) -> Run:
@@ -184,20 +186,28 @@ def main() -> None:
         values = config.preprocess | {"scale": 1.0, "short_side": SHORT_SIDE}
         preprocess = Preprocess.from_dict(values | {"max_long_side": LONG_SIDE})
         assert isinstance(config.score_threshold, float)
-        predictor = Predictor(
-            load_engine(
-                given.model, threads=given.threads, settings={"min_score": config.score_threshold}
-            ),
-            preprocess,
-            tuple(config.class_names),
-            score_threshold=config.score_threshold,
+        several, single = (
+            Predictor(
+                load_engine(
+                    given.model,
+                    threads=given.threads,
+                    settings={"min_score": config.score_threshold},
+                    mode=mode,
+                ),
+                preprocess,
+                tuple(config.class_names),
+                score_threshold=config.score_threshold,
+            )
+            for mode in ("throughput", "latency")
         )
-        detections = max(1, round(sum(len(predictor(path)) for path in paths) / len(paths)))
+        detections = max(1, round(sum(len(single(path)) for path in paths) / len(paths)))
         runs: dict[str, Run] = {
-            "pipeline": pipeline_run(predictor, paths, work),
+            "pipeline": pipeline_run(several, paths, work, 1),
+            "pipeline, one at a time": pipeline_run(single, paths, work, 1),
+            "pipeline, batches of 4": pipeline_run(single, paths, work, 4),
             "decode": decode_run(preprocess, paths, given.threads),
-            "network": network_run(predictor, paths),
-            "eager": eager_run(given.weights, predictor, paths),
+            "network": network_run(several, paths),
+            "eager": eager_run(given.weights, single, paths),
             "Mask R-CNN": mask_rcnn_run(paths, detections),
         }
         if given.peers_python:
@@ -210,8 +220,8 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{value}" for value in row.values()))
     summary = {
-        "engine": predictor.engine.name,
-        "precision": predictor.engine.precision,
+        "engine": several.engine.name,
+        "precision": several.engine.precision,
         "detections_per_picture": detections,
         "bound_images_per_s": round(bound, 2),
         "share_of_bound": round(per_s["pipeline"] / bound, 3),

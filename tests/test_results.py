@@ -311,6 +311,9 @@ def test_to_json() -> None:
     assert second["box_xyxy"] == [4.0, 3.0, 11.25, 10.25]
     assert (second["score"], second["label"], second["class_name"]) == (0.5, 1, "platelet")
     assert second["mask"] == encoded(detections().dense_masks())[1]
+    made = detections()
+    assert made.to_json(made.segmentations()) == found
+    assert made.to_coco(1, [1, 2, 3], made.segmentations()) == made.to_coco(1, [1, 2, 3])
     assert "mask" not in detections(with_masks=False).to_json()["detections"][0]
 
 

@@ -50,12 +50,13 @@ class Predictor:
         precision: str = "auto",
         device: str = "auto",
         threads: int | None = None,
+        mode: str = "latency",
         score_threshold: ScoreThreshold | None = None,
         max_detections: int | None = None,
     ) -> Self:
         """A predictor from a model folder or a bundled model's name.
 
-        engine, precision, device and threads are those of load_engine. score_threshold None takes
+        engine, precision, device, threads and mode are those of load_engine. score_threshold None takes
         the model's own, chosen on its validation split. Raises ConfigError where the folder is not
         complete and right.
         """
@@ -77,6 +78,7 @@ class Predictor:
                 device=device,
                 threads=threads,
                 settings=settings,
+                mode=mode,
             ),
             Preprocess.from_dict(config.preprocess),
             tuple(config.class_names),
@@ -176,9 +178,16 @@ def paste_mask(
     x0, y0, x1, y1 = (float(v) for v in box_xyxy)
     left, right = _pixel_range(x0, x1, width)
     top, bottom = _pixel_range(y0, y1, height)
-    rows = _bilinear_weights(top, bottom, y0, y1, probabilities.shape[0])
-    columns = _bilinear_weights(left, right, x0, x1, probabilities.shape[1])
-    return MaskCrop(x=left, y=top, pixels=rows @ probabilities @ columns.T >= 0.5)
+    # No matrix product: BLAS would spread it over threads, which spin beside the network's.
+    cells = np.pad(probabilities, 1)
+    row, below = _cells_at(top, bottom, y0, y1, probabilities.shape[0])
+    column, beside = _cells_at(left, right, x0, x1, probabilities.shape[1])
+    wide = cells.take(column, 1)
+    wide += (cells.take(column + 1, 1) - wide) * beside
+    values = np.diff(wide, axis=0).take(row, 0)
+    values *= below[:, None]
+    values += wide.take(row, 0)
+    return MaskCrop(x=left, y=top, pixels=values >= 0.5)
 
 
 def _pixel_range(low: float, high: float, limit: int) -> tuple[int, int]:
@@ -186,17 +195,16 @@ def _pixel_range(low: float, high: float, limit: int) -> tuple[int, int]:
     return start, max(min(int(np.ceil(high)), limit), start + 1)
 
 
-def _bilinear_weights(
+def _cells_at(
     start: int, stop: int, low: float, high: float, cells: int
-) -> NDArray[np.float32]:
-    """(stop - start, cells): how much each cell counts at each pixel centre; nothing lies
-    outside.
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of each pixel centre the cell before it, in a row with an empty cell at either end, and how
+    far it is on the way to the next, 0..1.
     """
     centres = np.arange(start, stop, dtype=np.float32) + 0.5
-    position = (centres - low) / max(high - low, 1e-6) * cells - 0.5
-    distance = np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
-    weights: NDArray[np.float32] = np.maximum(1 - distance, 0).astype(np.float32)
-    return weights
+    position = ((centres - low) / max(high - low, 1e-6) * cells + 0.5).clip(0, cells + 1)
+    before = np.minimum(position.astype(np.int64), cells)
+    return before, (position - before).astype(np.float32)
 
 
 def _class_thresholds(

@@ -102,8 +102,9 @@ def predict_files(
             report.images += 1
             report.objects += len(found)
             entry = {"image_id": report.images, "file": str(path), "page": page}
-            lines.append(json.dumps(entry | found.to_json()))
-            coco += found.to_coco(report.images, predictor.category_ids)
+            masks = found.segmentations()
+            lines.append(json.dumps(entry | found.to_json(masks)))
+            coco += found.to_coco(report.images, predictor.category_ids, masks)
             if drawn is not None:
                 drawn.result()
             if save_pictures:

@@ -166,12 +166,22 @@ class Detections:
             canvas[crop.y : crop.y + height, crop.x : crop.x + width] = crop.pixels
         return dense
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    def segmentations(self) -> list[dict[str, Any]] | None:
+        """Return the COCO compressed RLE of each mask, of the whole image; None without masks."""
+        return None if self.masks is None else encode_masks(self.masks, self.image_size)
+
+    def to_coco(
+        self,
+        image_id: int,
+        category_ids: Sequence[int],
+        segmentations: Sequence[dict[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:
         """Return one COCO result per object, with the category id of each label.
 
         bbox is [left, top, width, height] in pixels; segmentation, where there are masks, a
         compressed RLE with str counts; mask_score, beside COCO's keys, ranks the masks where the
-        model predicts it. Raises ValueError unless there is one id per class name.
+        model predicts it. Who has the segmentations gives them, or they are made anew. Raises
+        ValueError unless there is one id per class name.
         """
         if len(category_ids) != len(self.class_names):
             raise ValueError(
@@ -191,8 +201,8 @@ class Detections:
                 boxes_xywh.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
             )
         ]
-        if self.masks is not None:
-            encoded = encode_masks(self.masks, self.image_size)
+        encoded = self.segmentations() if segmentations is None else segmentations
+        if encoded is not None:
             for result, segmentation in zip(results, encoded, strict=True):
                 result["segmentation"] = segmentation
         if self.mask_scores is not None:
@@ -200,11 +210,12 @@ class Detections:
                 result["mask_score"] = mask_score
         return results
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, segmentations: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Return plain JSON values: image_size, class_names and a list of detections.
 
         Each has box_xyxy (pixels, to a thousandth), score (to a millionth), label, class_name and,
-        where there are masks, mask: a COCO compressed RLE of the whole image.
+        where there are masks, mask: a COCO compressed RLE of the whole image. Who has the
+        segmentations gives them, or they are made anew.
         """
         detections: list[dict[str, Any]] = [
             {
@@ -217,8 +228,8 @@ class Detections:
                 self.boxes_xyxy.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
             )
         ]
-        if self.masks is not None:
-            encoded = encode_masks(self.masks, self.image_size)
+        encoded = self.segmentations() if segmentations is None else segmentations
+        if encoded is not None:
             for detection, mask in zip(detections, encoded, strict=True):
                 detection["mask"] = mask
         return {
