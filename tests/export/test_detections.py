@@ -27,8 +27,8 @@ OVERRIDES = {
     "mask_rcnn_lite": LIMITS | {"pre_nms_top_k": 40, "proposals": 60, "box_width": 32},
     "refinedet": LIMITS | {"pre_nms_top_k": 40, "neck_channels": 32},
     "dsod": LIMITS | {"pre_nms_top_k": 40, "source_channels": 32},
-    "vovdet": LIMITS | {"neck_channels": 32},
-    "vovdet_seg": LIMITS | {"neck_channels": 32, "pre_nms_top_k": 40, "suppression": "nms"},
+    "vovdet": LIMITS | {"neck_channels": 32, "suppression": "peaks"},
+    "vovdet_seg": LIMITS | {"neck_channels": 32, "pre_nms_top_k": 40},
 }
 OUTPUTS = {"logits", "deltas", "objectness", "distances", "predictor", "iou", "distribution"}
 Arrays = dict[str, np.ndarray]

@@ -202,7 +202,7 @@ def test_peaks_are_the_best_of_their_neighbours_on_one_map() -> None:
             assert found[image, y, x, label] == (grid[image, y, x, label] if is_peak else -1e4)
         start = stop
     sizes = sizes_of((64, 96), (64, 96))
-    config = VovDetConfig(num_classes=3, score_threshold=0.0)
+    config = VovDetConfig(num_classes=3, score_threshold=0.0, suppression="peaks")
     best = best_candidates(raw, sizes, config, count=700, min_score=0.0)
     assert best["valid"].sum() == (kept > -1e4).sum()
 
@@ -405,7 +405,7 @@ def test_weights_survive_saving_and_folding(trained: nn.Module) -> None:
 
 def test_the_graph_chooses_without_suppression_or_open_shapes() -> None:
     """Exported with an open batch: no operator whose result's size depends on the data."""
-    graph = DeployGraph(detector("vovdet_seg").eval(), mean=MEAN, std=STD)
+    graph = DeployGraph(detector("vovdet_seg", suppression="peaks").eval(), mean=MEAN, std=STD)
     images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     program = torch.export.export(graph, (images, sizes_of((64, 64), (64, 64))), strict=False)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}

@@ -1,10 +1,10 @@
-"""VovDet: an anchor-free detector and instance segmenter of our own without boxes to suppress.
+"""VovDet: a real-time, anchor-free detector and instance segmenter of our own.
 
 A decoupled head gives each object many locations, matched by task alignment (Feng et al. 2021,
-TOOD), with distributions of the four distances (Li et al. 2020, GFL). Of neighbouring locations the
-best one detects, as the peaks of CenterNet do (Zhou et al. 2019). Where one_to_one is set, a second
-head learns a single location for each object beside it and detects (Wang et al. 2024, YOLOv10).
-Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
+TOOD), with distributions of the four distances (Li et al. 2020, GFL). Boxes are suppressed, or the
+best of neighbouring locations detects, as CenterNet's peaks do (Zhou et al. 2019). Where one_to_one
+is set, a second head learns a single location for each object beside it and detects (Wang et al.
+2024, YOLOv10). Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
 
 Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, C classes, N bins of a
 distance, P prototypes, M regions, K kept detections.
@@ -35,8 +35,8 @@ from vovnet.models.prototypes import MASK_SIZE, combine_prototypes, grow_boxes
 
 STRIDES = (8, 16, 32)
 LEVELS = ("p3", "p4", "p5")
-# What is kept: the best of neighbours on a map, what no better box of its class overlaps, all.
-Suppression = Literal["peaks", "nms", "none"]
+# What is kept: what no better box of its class overlaps, the best of neighbours on a map, all.
+Suppression = Literal["nms", "peaks", "none"]
 PEAK_WINDOW = 5  # locations
 _UNLIKELY = -1e4  # a logit whose probability is exactly 0
 _TINY_BOX = (0.0, 0.0, 1.0, 1.0)
@@ -57,14 +57,14 @@ class VovDetConfig:
     tower_convs: int = 2
     box_bins: int = 16
     one_to_one: bool = False  # a second head, which learns one location for each object, detects
-    suppression: Suppression = "peaks"  # with one head, "none" leaves each object many detections
+    suppression: Suppression = "nms"  # with one head, "none" leaves each object many detections
     alignment_alpha: float = 0.5  # power of the score
     alignment_beta: float = 6.0  # power of the IoU
     locations_per_object: int = 10  # of the one-to-many head
     focal_gamma: float = 2.0
     cls_weight: float = 1.0  # of the losses
-    box_weight: float = 2.0
-    distribution_weight: float = 0.5
+    box_weight: float = 5.0
+    distribution_weight: float = 1.25
     score_threshold: float = 0.001
     min_score: float = 0.0  # a second limit, which callers set to what they show
     pre_nms_top_k: int = 1000  # where suppression is nms
