@@ -197,9 +197,10 @@ def evaluate(
     iou_type: str,
     max_detections: int,
     outcome: dict[str, Any],
+    split: str = "test",
 ) -> None:
-    """Predict and score the test split; write `<name>.json`, its predictions and its samples."""
-    truth = load_split(arguments.data, "test")
+    """Predict and score a split; write `<name>.json`, its predictions and its samples."""
+    truth = load_split(arguments.data, split)
     results: list[dict[str, Any]] = []
     for image_id, info in truth.imgs.items():
         results += to_results(image_id, predict(read_rgb(arguments.data, info)))

@@ -56,9 +56,9 @@ class Predictor:
     ) -> Self:
         """A predictor from a model folder or a bundled model's name.
 
-        engine, precision, device, threads and mode are those of load_engine. score_threshold None takes
-        the model's own, chosen on its validation split. Raises ConfigError where the folder is not
-        complete and right.
+        engine, precision, device, threads and mode are those of load_engine. score_threshold None
+        takes the model's own, chosen on its validation split. Raises ConfigError where the folder
+        is not complete and right.
         """
         folder = resolve_model(folder_or_name)
         config = load_config(folder)

@@ -60,6 +60,8 @@ def test_bundled_models_that_fit_and_architectures_with_counts(
     (architecture,) = found["architectures"]
     assert architecture["name"] == "centermask_lite_ese_vovnet19b_slim_dw"
     assert architecture["flops"] == 2 * architecture["macs"] > 0
+    assert (architecture["image_size"], found["task"]) == ([64, 64], "segment")
+    assert found["fits"][0]["image_size"] == [224, 224]  # of the made-up profile's point
     assert found["machine"]["device_name"] == "Test CPU"
 
 
@@ -99,6 +101,9 @@ def test_the_table(
 ) -> None:
     assert run(monkeypatch, model_folder, "--max-ms", 50, *COMMON) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("models to segment ")
+    assert "224 x 224" in next(line for line in lines if line.startswith("nuclei "))
+    assert any(line.startswith("architectures to segment, without weights") for line in lines)
     assert "mask AP 0.500" in next(line for line in lines if line.startswith("nuclei "))
     assert "no recorded accuracy" in next(line for line in lines if line.startswith("small "))
     assert any(line.startswith("centermask_lite_ese_vovnet19b_slim_dw") for line in lines)
@@ -110,8 +115,10 @@ def test_a_folder_of_another_task_or_that_fails_falls_out(
     architectures = ("--architectures", "fcos_lite_ese_vovnet19b_slim_dw", "--image-size", 64)
     arguments = (model_folder, "--task", "detect", "--max-ms", 1, *architectures, "--json")
     assert run(monkeypatch, *arguments) == 4
-    (one,) = json.loads(capsys.readouterr().out)["fell_out"]
+    out, err = capsys.readouterr()
+    (one,) = json.loads(out)["fell_out"]
     assert one["reasons"] == ["its task is segment"]
+    assert "measuring" not in err
 
     def fail(*arguments, **keywords):
         raise ConfigError("small: cannot run: broken")
@@ -120,6 +127,25 @@ def test_a_folder_of_another_task_or_that_fails_falls_out(
     code, found = chosen(monkeypatch, capsys, model_folder)
     assert code == 0  # no limit was asked for
     assert found["fell_out"][0]["reasons"] == ["small: cannot run: broken"]
+
+
+def test_the_task_is_that_of_the_models(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    classifier_folder: Path,
+) -> None:
+    small = ("--architectures", "ese_vovnet19b_slim_dw", "--image-size", 64)
+    assert run(monkeypatch, classifier_folder, *small, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["task"] == "classify"
+    assert [one["name"] for one in found["fell_out"]] == ["classifier"]  # no accuracy; no nuclei
+    assert run(monkeypatch, model_folder, classifier_folder, *small) == 2
+    error = capsys.readouterr().err
+    assert "expected --task with models that do not do the same" in error
+    assert "small (segment), classifier (classify)" in error
+    assert run(monkeypatch, model_folder, classifier_folder, "--task", "classify", *small) == 0
+    assert "its task is segment" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from tests.hub import fill_hub
 from vovnet import Classifier
 from vovnet.cli import main as command_line
+from vovnet.cli.predict import _mode
 from vovnet.predict_files import predict_files
 
 
@@ -135,6 +136,13 @@ def test_sigterm_keeps_what_is_done(
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("size", [0, 1025])
+def test_a_batch_that_no_memory_holds_is_refused(monkeypatch, capsys, size: int) -> None:
+    arguments = ["--model", "none", "--source", "none", "--batch-size", size]
+    assert run(monkeypatch, "predict", *arguments) == 2
+    assert "or equal to 1" in capsys.readouterr().err
+
+
 def test_detectors_take_batches(
     monkeypatch, capsys, model_folder: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -151,3 +159,11 @@ def test_detectors_take_batches(
         assert run(monkeypatch, *common, "--output", tmp_path / "out", *flags) == 0
         assert json.loads(capsys.readouterr().out)["images"] == 2
     assert sizes == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("files", "threads", "whole", "mode"),
+    [(8, 2, True, "throughput"), (7, 2, True, "latency"), (8, 2, False, "latency")],
+)
+def test_several_pictures_at_a_time_where_there_are_enough(files, threads, whole, mode) -> None:
+    assert _mode(files, threads, whole=whole) == mode

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.profiling.made_up import model, profile, result
 from vovnet.cli import main as command_line
 from vovnet.cli import profile as command
 from vovnet.errors import ConfigError
@@ -98,6 +99,25 @@ def test_the_gate_against_a_folder_runs_both_in_the_same_rounds(
     assert "small: latency rose from 1 to 1.3 (+30.0 %)" in capsys.readouterr().err
     low = 0.9
     assert run(monkeypatch, model_folder, *BARE, *gate) == 0
+
+
+def test_no_gate_opens_and_no_card_is_written_for_what_did_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    ran = result(joules=None)
+    failed = replace(ran, timings=None, error="out of memory")
+    content = profile(model("small", ran), model("ese_vovnet39b", ran))
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(content.to_dict()))
+    found = replace(content, models=(content.models[0], model("ese_vovnet39b", failed)))
+    monkeypatch.setattr(command, "profile_targets", lambda *arguments, **keywords: found)
+    arguments = (model_folder, "ese_vovnet39b", *BARE)
+    assert run(monkeypatch, *arguments) == 0
+    assert run(monkeypatch, *arguments, "--baseline", path) == 2
+    assert "vovnet: ese_vovnet39b: out of memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,12 @@ def test_one_key_of_a_mapping_and_all_of_it() -> None:
     assert found == {"epochs": 2, "seed": 3, "augment": augment}
 
 
+def test_null_is_a_value() -> None:
+    texts = ["clip_norm=null", "seed=null", "augment.hue=null"]
+    found = parse_settings({"name": None, "seed": 3}, texts)
+    assert found == {"clip_norm": None, "seed": None, "augment": {"hue": None}}
+
+
 @pytest.mark.parametrize("text", ["seed", "=3", "seed=[", "augment.hue=[1"])
 def test_what_is_no_setting_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match="--set"):

@@ -21,7 +21,7 @@ from vovnet.cli import export as cli_export
 from vovnet.cli import main as command_line
 from vovnet.errors import ConfigError
 from vovnet.export import quantize as quantizing
-from vovnet.export.model import Export, Format, Source, export_model, load_source
+from vovnet.export.model import Export, Format, Progress, Source, export_model, load_source
 from vovnet.export.quantize import Accuracy, Pixels, Trial, export_int8, make_trial
 from vovnet.exported import ONNX_FILE, OPENVINO_FILE, read_export_info, sha256
 from vovnet.model_folder import WEIGHTS_FILE, ModelConfig, load_config, save_model_folder
@@ -122,8 +122,15 @@ def whole(folder: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
     copy, float_file = shutil.copytree(folder, base / "model"), base / "float" / "model.xml"
     float_file.parent.mkdir()
 
-    def keep(source: Source, output: Path, pictures: Sequence[Pixels], *, format: Format) -> Export:
-        done = export_model(source, output, pictures, format=format)
+    def keep(
+        source: Source,
+        output: Path,
+        pictures: Sequence[Pixels],
+        *,
+        format: Format,
+        progress: Progress,
+    ) -> Export:
+        done = export_model(source, output, pictures, format=format, progress=progress)
         for suffix in (".bin", ".xml"):
             shutil.copyfile(output.with_suffix(suffix), float_file.with_suffix(suffix))
         return done
@@ -138,7 +145,9 @@ def whole(folder: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 def source(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> Source:
     """The network, which need not be exported in float again."""
 
-    def copy(source: Source, output: Path, pictures: object, *, format: str) -> Export:
+    def copy(
+        source: Source, output: Path, pictures: object, *, format: str, **rest: object
+    ) -> Export:
         for suffix in (".bin", ".xml"):
             shutil.copyfile(whole.float_file.with_suffix(suffix), output.with_suffix(suffix))
         return Export((output, output.with_suffix(".bin")), ())
@@ -159,7 +168,16 @@ def trial(source: Source, data_dir: Path) -> Trial:
 
 
 def test_through_the_command_line(whole: Whole, data_dir: Path, tmp_path: Path) -> None:
-    assert (whole.code, whole.err) == (0, "")
+    stages = (
+        "exporting to openvino, fp32",
+        "comparing openvino with torch",
+        "measuring accuracy on the split val in float",
+        "measuring accuracy in int8",
+    )
+    lines = whole.err.splitlines()
+    assert whole.code == 0
+    for line, stage in zip(lines, stages, strict=True):
+        assert line.startswith(f"vovnet: {stage}")
     folder, report = whole.folder, json.loads(whole.out)
     file = folder / OPENVINO_FILE
     assert report["files"] == [str(file), str(file.with_suffix(".bin"))]

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vovnet.errors import ConfigError, ImageError
+from vovnet.exported import ONNX_FILE
 from vovnet.model_folder import load_config
 from vovnet.predict import Predictor
 from vovnet.profiling.compare import Sampling
@@ -134,6 +135,49 @@ def test_a_model_that_never_runs_is_an_error() -> None:
     module = Failing(RuntimeError("wrong shape"))
     with pytest.raises(ConfigError, match="broken: cannot run: wrong shape"):
         profile_module(module, (torch.zeros(1, 3, 8, 8),), name="broken", settings=QUICK)
+
+
+def test_a_model_that_never_runs_leaves_the_others_their_figures() -> None:
+    inputs = (torch.zeros(1, 3, 8, 8),)
+    broken = module_target("broken", Failing(RuntimeError("wrong shape")), inputs)
+    said: list[str] = []
+    targets = [broken, module_target("a", small(), inputs)]
+    found = profile_targets(targets, QUICK, progress=said.append)
+    first, second = found.models
+    assert (first.results[0].timings, first.results[0].error) == (None, "cannot run: wrong shape")
+    assert second.results[0].timings is not None
+    assert "not measured: broken: cannot run: wrong shape" in said
+    with pytest.raises(ConfigError, match="broken: cannot run: wrong shape; other: cannot run"):
+        profile_targets([broken, replace(broken, name="other")], QUICK)
+
+
+@pytest.mark.parametrize("file", [".", ONNX_FILE])
+def test_a_file_of_one_size_runs_at_that(exported_classifier_folder: Path, file: str) -> None:
+    own = replace(find_target(str(exported_classifier_folder / file)), engine="onnxruntime")
+    targets = [own, find_target("ese_vovnet19b_slim_dw")]
+    settings = replace(QUICK, image_sizes=((96, 128),), end_to_end=True, cold_starts=0)
+    fixed, free = profile_targets(targets, settings).models
+    alone = profile_targets([own], replace(QUICK, image_sizes=((64, 64),))).models[0]
+    assert (fixed.results[0].point.height, fixed.results[0].point.width) == (64, 64)
+    assert (free.results[0].point.height, free.results[0].point.width) == (96, 128)
+    assert fixed.results[0].counts == alone.results[0].counts
+    assert fixed.results[0].timings is not None
+    told = "its file has a size of its own: it ran at batch 1, 64 x 64, not as asked"
+    assert told in fixed.notes
+    assert not any("its file" in note for note in (*free.notes, *alone.notes))
+
+
+def test_a_foreign_file_of_one_size_says_what_it_ran_at(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    path = tmp_path / "conv.onnx"
+    images = torch.zeros(2, 3, 16, 24)
+    torch.onnx.export(small().eval(), (images,), path, dynamo=True, verbose=False)
+    settings = replace(QUICK, image_sizes=((64, 64),))
+    (result,) = profile_targets([find_target(str(path))], settings).models[0].results
+    point = result.point
+    assert (point.batch_size, point.height, point.width) == (2, 16, 24)
+    assert result.timings is not None
+    assert result.images_per_s == pytest.approx(2000 / result.timings.median_ms)
 
 
 def test_a_wrong_input_names_the_layer() -> None:

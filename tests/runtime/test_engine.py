@@ -235,7 +235,12 @@ def test_one_engine_is_not_measured(
     engines.refusing = {*BOTH} - {left}
     engine = load_engine(exported_classifier_folder)
     assert engine.name == left
-    assert engine.chosen_because.endswith("lies beside the weights")
+    refused = ({*BOTH} - {left}).pop()
+    assert engine.chosen_because.endswith(
+        f"lies beside the weights; passed over: {refused} refuses"
+    )
+    engine = load_engine(exported_classifier_folder, precision="fp32")
+    assert engine.chosen_because.endswith("lies beside the weights")  # it may lack the precision
     folder = shutil.copytree(exported_classifier_folder, tmp_path / "model")
     shutil.rmtree(folder / "openvino")
     engines.refusing = {"onnxruntime"}
@@ -252,10 +257,18 @@ def test_a_stale_export_is_passed_over_while_there_is_another(
     folder = shutil.copytree(exported_classifier_folder, tmp_path / "model")
     file = folder / OPENVINO_FILE
     weights = sha256(folder / WEIGHTS_FILE)
-    file.write_text(file.read_text().replace(weights, weights[::-1]))
+    text = file.read_text()
+    file.write_text(text.replace(weights, weights[::-1]))
     engine = load_engine(folder)
     assert (engine.name, engines.names()) == ("onnxruntime", ["onnxruntime"])
-    assert engine.chosen_because == f"{folder / ONNX_FILE} lies beside the weights"
+    assert engine.chosen_because.startswith(
+        f"{folder / ONNX_FILE} lies beside the weights; passed over: {file}: expected an export of "
+    )
+    file.write_text("no xml")
+    broken = f"; passed over: {file}: expected OpenVINO's form: no XML, or too large"
+    assert load_engine(folder).chosen_because.endswith(broken)
+    engines.names()
+    file.write_text(text.replace(weights, weights[::-1]))
     config = json.loads((folder / CONFIG_FILE).read_text())
     config["preprocess"]["mean"][0] += 1
     (folder / CONFIG_FILE).write_text(json.dumps(config))

@@ -1,29 +1,36 @@
 """Timing engines against each other, and the file of what was found."""
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from vovnet.runtime import measured as module
 from vovnet.runtime.measured import (
+    BUSY_LOAD,
     MAX_ENTRIES,
     MAX_ROUNDS,
     Measured,
-    find_measured,
+    is_busy,
     keep_measured,
     measurement_key,
     time_engines,
 )
+from vovnet.runtime.measured import find_measured as found_on
 
 FILES = {"openvino": ["a" * 64, "b" * 64], "onnxruntime": ["c" * 64]}
+TODAY = date(2026, 11, 22)
 FOUND = Measured(
     ms_per_image={"openvino": 6.04, "onnxruntime": 4.11},
     precisions={"openvino": "int8", "onnxruntime": "fp32"},
-    date="2026-11-22",
+    date=TODAY.isoformat(),
 )
+find_measured = partial(found_on, today=TODAY)
 
 
 @pytest.fixture
@@ -90,6 +97,39 @@ def test_what_was_kept_is_found(cache: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("busy", "days", "counts"),
+    [
+        (False, 0, True),
+        (False, 30, True),
+        (False, 31, False),
+        (False, -1, False),  # a clock that was wrong
+        (True, 0, True),
+        (True, 1, False),
+    ],
+)
+def test_what_is_old_or_of_a_busy_machine_is_measured_again(
+    cache: Path, busy: bool, days: int, counts: bool
+) -> None:
+    key = measurement_key(FILES, precision="auto", threads=None)
+    kept = FOUND.model_copy(update={"busy": busy})
+    keep_measured(key, kept)
+    found = found_on(key, today=TODAY + timedelta(days=days))
+    assert found == (kept if counts else None)
+    assert kept.describe().endswith("2026-11-22, while it was busy" if busy else "2026-11-22")
+
+
+def test_a_machine_is_busy_from_half_a_core_for_each_core_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    for load, busy in ((4 * BUSY_LOAD, True), (4 * BUSY_LOAD - 0.1, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0), raising=False)
+        assert is_busy() == busy
+    monkeypatch.delattr(os, "getloadavg")
+    assert not is_busy()
+
+
 def test_another_machine_file_or_wish_is_another_key(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +189,8 @@ def test_a_broken_file_is_measured_again(cache: Path, content: str) -> None:
         },
         {"precisions": {"openvino": "fp32"}},
         {"date": 3},
+        {"date": "today"},
+        {"date": "2026-11-99"},
         {"colour": "blue"},
     ],
 )

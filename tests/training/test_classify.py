@@ -144,8 +144,11 @@ def test_the_head_is_swapped_where_the_classes_differ(data_dir, tmp_path):
     source = create_model("ese_vovnet19b_slim", num_classes=7, overrides=SMALL)
     save_file(source.state_dict(), weights)
     config = make_config(data_dir, tmp_path, backbone_weights=str(weights))
-    model = ClassifierTask(config, skip_bad=False, device=CPU).build_model()
+    task = ClassifierTask(config, skip_bad=False, device=CPU)
+    model = task.build_model()
     assert model.get_classifier().out_features == 3
+    count = len([name for name in source.state_dict() if not name.startswith("head.")])
+    assert task.notes == [f"backbone_weights {weights}: {count} tensors loaded"]
     assert torch.equal(model.stem[0].conv.weight, source.stem[0].conv.weight)
 
 
@@ -219,12 +222,26 @@ def test_a_head_of_other_classes_is_not_taken_over(data_dir, tmp_path, finished)
     for split in ("train", "val"):
         (folder / split / "red").rename(folder / split / "rouge")
     trained = Classifier.load(finished.model_dir).engine.graph.classifier.get_classifier().weight
-    heads = []
+    heads, notes = [], []
     for data in (data_dir, folder):
         config = make_config(data, tmp_path, init=str(finished.model_dir))
-        model = ClassifierTask(config, skip_bad=False, device=CPU).build_model()
+        task = ClassifierTask(config, skip_bad=False, device=CPU)
+        model = task.build_model()
         heads.append(torch.equal(model.get_classifier().weight, trained))
+        notes += task.notes
     assert heads == [True, False]
+    count = len(model.state_dict())
+    assert notes == [
+        f"init {finished.model_dir}: {count} tensors loaded",
+        f"init {finished.model_dir}: {count - 2} tensors loaded, 2 of other classes left random",
+    ]
+
+
+def test_a_teacher_is_not_asked_before_the_model_is_right(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("vovnet.training.classify.load_teacher", None)
+    config = make_config(data_dir, tmp_path, teacher="x", model_overrides={"no_such": 1})
+    with pytest.raises(ConfigError, match="no_such"):
+        ClassifierTask(config, skip_bad=False, device=CPU)
 
 
 def test_a_batch_too_small_for_batch_norm(data_dir, tmp_path):

@@ -28,8 +28,18 @@ def test_defaults_are_complete():
 
 def test_flags_go_over_yaml(tmp_path):
     path = write(tmp_path, "data: a\nbatch_size: 2\nlearning_rate: 1e-3\n")
-    config = load_config(None, path, {"batch_size": 4, "seed": None})
+    config = load_config(None, path, {"batch_size": 4})
     assert (config.data, config.batch_size, config.learning_rate) == ("a", 4, 1e-3)
+
+
+def test_none_is_set_where_a_setting_may_be_none(tmp_path):
+    lower = "data: a\nclip_norm: 2.0\nmax_steps: 7\naugment:\n"
+    flags = {"clip_norm": None, "max_steps": None, "augment": {"hue": 0.1}}
+    config = load_config(None, write(tmp_path, lower), flags)
+    assert (config.clip_norm, config.max_steps, config.epochs) == (None, None, 50.0)
+    assert config.augment == {"hue": 0.1}
+    with pytest.raises(ConfigError, match="batch_size: expected a valid integer, found None"):
+        load_config(None, None, {"data": "a", "batch_size": None})
 
 
 def test_nested_settings_merge_key_by_key(tmp_path):

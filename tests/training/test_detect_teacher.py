@@ -189,6 +189,14 @@ def test_a_model_folder_teaches_a_detector(data_dir, data, model_folder):
     assert lessons.describe() in task.notes[0]
 
 
+def test_a_teacher_is_not_asked_before_the_model_is_right(data_dir, monkeypatch):
+    monkeypatch.setattr("vovnet.training.detect.load_detector", None)
+    wrong = {"model_overrides": {"no_such": 1}, "teacher": "boxes"}
+    config = TrainConfig(data=str(data_dir), model="vovdet_n_seg", workers=0, **wrong)
+    with pytest.raises(ConfigError, match="no_such"):
+        DetectorTask(config, skip_bad=False, device=CPU)
+
+
 def test_a_segmenter_needs_masks_of_its_teacher(data_dir, monkeypatch):
     found = detections(("cat", 0.9, (0, 0, 9, 9)))
     monkeypatch.setattr("vovnet.training.detect.load_detector", lambda *a, **k: teacher_of(found))

@@ -139,11 +139,13 @@ def test_the_weights_arrive_in_detector_and_classifier_exactly(finished, model, 
         model_overrides=SMALL | overrides,
         backbone_weights=str(finished.model_dir),
     )
-    built = build_model(config, ("a", "b"))
+    notes: list[str] = []
+    built = build_model(config, ("a", "b"), notes=notes)
     backbone = built if model == BACKBONE else built.backbone
     own = {n: v for n, v in backbone.state_dict().items() if not n.startswith("head.")}
     given = load_tensors(finished.model_dir)
     assert own.keys() <= given.keys()
+    assert notes == [f"backbone_weights {finished.model_dir}: {len(own)} tensors loaded"]
     assert all(np.array_equal(own[name].numpy(), given[name]) for name in own)
     assert preprocess_fields(config)["mean"] == [100.0, 110.0, 120.0]
     assert preprocess_fields(config)["std"] == [50.0, 60.0, 70.0]
@@ -176,6 +178,10 @@ def test_unreadable_pictures_are_named_and_passed_over(data_dir, tmp_path):
     assert task.num_train == 5
     assert len(task.skipped) == 1
     assert "1.png" in task.skipped[0]
+    for number in (2, 3, 4, 5):
+        (folder / f"{number}.png").unlink()
+    with pytest.raises(DataError, match=r"data: expected at least 2 pictures, .*, found 1"):
+        PretrainTask(make_config(folder, tmp_path), skip_bad=False, device=CPU)
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(

@@ -25,6 +25,8 @@ from vovnet.profiling.report import figure, footing, milliseconds, plain, plain_
 from vovnet.profiling.stages import WHOLE
 from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
 
+Sides = tuple[int, int]
+"""Height and width in pixels."""
 TASKS = ("classify", "detect", "segment")
 DEFAULT_ARCHITECTURES = {
     "classify": ("ese_vovnet19b_slim_dw", "ese_vovnet19b_dw", "ese_vovnet39b", "ese_vovnet57b"),
@@ -47,7 +49,7 @@ DEFAULT_ARCHITECTURES = {
 
 def choose(
     folders: Sequence[str],
-    task: str,
+    task: str | None,
     max_ms: float | None,
     max_joules: float | None,
     data_dir: Path | None,
@@ -64,7 +66,7 @@ def choose(
     as_json: bool,
 ) -> int:
     """Prints what fits, best first, and why the rest does not; 4 when a limit leaves nothing."""
-    if task not in TASKS:
+    if task not in (None, *TASKS):
         raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     for name, limit in (("max-ms", max_ms), ("max-joules", max_joules)):
         if limit is not None and not 0 < limit < float("inf"):
@@ -82,37 +84,56 @@ def choose(
         image=image,
     )
     check_settings(settings)
+    given = _given(folders)
+    task = task or _shared_task(given or _bundled())
     if data_dir is not None and task != "classify":
         require_split(data_dir, split)
     counted = _count_architectures(task, architectures, settings)
     profiles: list[Profile] = []
     candidates = []
-    targets = _targets(folders, task)
+    targets = _with_bundled(given, task)
     limited = max_ms is not None or max_joules is not None
     if limited and not targets:
         raise ConfigError(f"expected model folders, since no bundled model is one to {task}")
     for target in targets:
-        print(f"vovnet: measuring {target.name}", file=sys.stderr)
+        if target.task == task:
+            print(f"vovnet: measuring {target.name}", file=sys.stderr)
         candidates.append(_measure(target, task, data_dir, split, settings, profiles))
     choices = rank(candidates, max_ms=max_ms, max_joules=max_joules)
     if as_json:
-        print(json.dumps(_to_dict(choices, counted, profiles)))
+        print(json.dumps(_to_dict(choices, counted, profiles, task)))
     else:
         _print(choices, counted, profiles, task)
     return 4 if limited and not any(not choice.reasons for choice in choices) else 0
 
 
-def _targets(folders: Sequence[str], task: str) -> list[Target]:
-    """The folders that were named, and the bundled models of the task that were not."""
-    given = [find_target(text) for text in folders]
-    for target in given:
+def _given(folders: Sequence[str]) -> list[Target]:
+    targets = [find_target(text) for text in folders]
+    for target in targets:
         if target.kind != "folder":
             raise ConfigError(f"expected model folders or bundled models, got {target.name}")
+    return targets
+
+
+def _bundled() -> list[Target]:
+    return [find_target(str(path)) for _, path in sorted(bundled_models().items())]
+
+
+def _shared_task(targets: Sequence[Target]) -> str:
+    """What all of them do; raises ConfigError where that is not one thing."""
+    tasks = {target.task for target in targets}
+    if len(tasks) != 1:
+        found = ", ".join(f"{target.name} ({target.task})" for target in targets) or "no model"
+        raise ConfigError(f"task: expected --task with models that do not do the same, got {found}")
+    return tasks.pop()
+
+
+def _with_bundled(given: Sequence[Target], task: str) -> list[Target]:
+    """The folders that were named, and the bundled models of the task that were not."""
     known = {target.path.resolve() for target in given if target.path}
-    bundled = [find_target(str(path)) for _, path in sorted(bundled_models().items())]
     added = [
         target
-        for target in bundled
+        for target in _bundled()
         if target.task == task and target.path is not None and target.path.resolve() not in known
     ]
     return distinct([*given, *added])
@@ -148,28 +169,44 @@ def _measure(
         time=model.stages.get(WHOLE, network),
         energy=None if result is None else result.energy,
         engine=None if result is None else result.engine,
+        image_size=None if result is None else (result.point.height, result.point.width),
     )
 
 
-def _count_architectures(task: str, pattern: str | None, settings: Settings) -> dict[str, Counts]:
+def _count_architectures(
+    task: str, pattern: str | None, settings: Settings
+) -> dict[tuple[str, Sides], Counts]:
+    """Of each architecture by its name and the size of the picture."""
     names: Sequence[str] = DEFAULT_ARCHITECTURES[task]
     if pattern is not None:
         names = [name for name in list_models(task=task) if fnmatch(name, pattern)]  # type: ignore[arg-type]
         if not names:
             raise ConfigError(f"architectures: expected a pattern for {task}, got {pattern!r}")
     targets = [Target(name, "architecture", task, architecture=name) for name in names]
-    return {target.name: image_counts(target, sweep([target], settings)[0]) for target in targets}
+    points = [sweep([target], settings)[0] for target in targets]
+    return {
+        (target.name, (point.height, point.width)): image_counts(target, point)
+        for target, point in zip(targets, points, strict=True)
+    }
+
+
+def _size(sides: Sides | None) -> str:
+    return "-" if sides is None else f"{sides[0]} x {sides[1]}"
 
 
 def _to_dict(
-    choices: Sequence[Choice], counted: dict[str, Counts], profiles: Sequence[Profile]
+    choices: Sequence[Choice],
+    counted: dict[tuple[str, Sides], Counts],
+    profiles: Sequence[Profile],
+    task: str,
 ) -> dict[str, Any]:
     return {
+        "task": task,
         "fits": [_choice_dict(choice) for choice in choices if not choice.reasons],
         "fell_out": [_choice_dict(choice) for choice in choices if choice.reasons],
         "architectures": [
-            {"name": name, **asdict(counts), "flops": counts.flops}
-            for name, counts in counted.items()
+            {"name": name, "image_size": size, **asdict(counts), "flops": counts.flops}
+            for (name, size), counts in counted.items()
         ],
         "machine": dict(profiles[0].machine) if profiles else None,
         "method": list(profiles[0].method) if profiles else None,
@@ -181,12 +218,16 @@ def _choice_dict(choice: Choice) -> dict[str, Any]:
 
 
 def _print(
-    choices: Sequence[Choice], counted: dict[str, Counts], profiles: Sequence[Profile], task: str
+    choices: Sequence[Choice],
+    counted: dict[tuple[str, Sides], Counts],
+    profiles: Sequence[Profile],
+    task: str,
 ) -> None:
     console = plain_console()
     style = box.SIMPLE_HEAD if console.is_terminal else None
     table = Table(box=style, pad_edge=False)
-    for name in ("model", "engine", "accuracy", "one image, file to results", "J/image", "fits"):
+    timed = "one image, file to results"
+    for name in (f"models to {task}", "engine", "accuracy", "picture", timed, "J/image", "fits"):
         table.add_column(name)
     for choice in choices:
         one = choice.candidate
@@ -194,6 +235,7 @@ def _print(
             one.name,
             one.engine or "-",
             one.accuracy.format() if one.accuracy else "-",
+            _size(one.image_size),
             "-" if one.time is None else f"{milliseconds(one.time.median_ms)} ms",
             figure(None if one.energy is None else one.energy.energy_per_image_j),
             "; ".join(choice.reasons) or "yes",
@@ -203,11 +245,12 @@ def _print(
     if len({c.candidate.accuracy.data for c in choices if c.candidate.accuracy}) > 1:
         console.print("accuracies of different data do not compare: give --data", markup=False)
     costs = Table(box=style, pad_edge=False)
-    for name in (f"{task} architectures without weights", "GMACs", "params M", "memory access M"):
+    title = f"architectures to {task}, without weights"
+    for name in (title, "picture", "GMACs", "params M", "memory access M"):
         costs.add_column(name)
-    for name, counts in counted.items():
+    for (name, size), counts in counted.items():
         figures = (counts.macs / 1e9, counts.parameters / 1e6, counts.memory_access / 1e6)
-        costs.add_row(name, *(figure(value, 4) for value in figures))
+        costs.add_row(name, _size(size), *(figure(value, 4) for value in figures))
     console.print(costs)
     for line in footing(profiles[0]) if profiles else []:
         console.print(plain(line), style="dim")

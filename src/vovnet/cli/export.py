@@ -69,7 +69,9 @@ def export(
         return _export_int8(model, source, output, pictures, options, as_json=as_json)
     target = output or _default_output(model, form, raw=raw)
     stored = cast(Precision, precision)
-    done = export_model(source, target, pictures, format=form, precision=stored, raw=raw)
+    done = export_model(
+        source, target, pictures, format=form, precision=stored, raw=raw, progress=_say
+    )
     if as_json:
         print(json.dumps(_to_json(done)))
     else:
@@ -90,14 +92,16 @@ def _export_int8(
     assert options.data is not None
     trial = make_trial(source, options.data, options.split, calibration=options.calibration)
     target = output or _default_output(model, "openvino", raw=False)
-    done = export_int8(source, target, pictures, trial=trial, max_drop=options.max_drop)
+    done = export_int8(
+        source, target, pictures, trial=trial, max_drop=options.max_drop, progress=_say
+    )
     if as_json:
         print(json.dumps(_to_json(done) | _int8_to_json(done)))
     else:
         _print_done(done)
         print(_accuracy_line(done))
     for name, error in done.blamed:
-        print(f"vovnet: {name}: error {100 * error:.1f} % of the signal", file=sys.stderr)
+        _say(f"{name}: error {100 * error:.1f} % of the signal")
     reason = "it differs from torch" if done.int8 is None else "it loses too much"
     return _judge(done.problems, target, reason)
 
@@ -146,12 +150,16 @@ def _default_output(model: str, form: Format, *, raw: bool) -> Path:
     return new_run_dir(Path("runs/export"), name) / f"model{SUFFIXES[form]}"
 
 
+def _say(text: str) -> None:
+    print(f"vovnet: {text}", file=sys.stderr)
+
+
 def _judge(problems: Sequence[str], target: Path, reason: str) -> int:
     """The exit code, and why nothing was written."""
     for problem in problems:
-        print(f"vovnet: {problem}", file=sys.stderr)
+        _say(problem)
     if problems:
-        print(f"vovnet: {target}: not written, for {reason}", file=sys.stderr)
+        _say(f"{target}: not written, for {reason}")
     return 4 if problems else 0
 
 

@@ -352,7 +352,9 @@ def predict(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at once; default: classifier 8, GPU 64; detector 1."),
+        typer.Option(
+            min=1, max=1024, help="Images at once; default: classifier 8, GPU 64; detector 1."
+        ),
     ] = None,
     fast_decode: Annotated[
         bool | None,

@@ -84,7 +84,12 @@ def choose(
     folders: Annotated[
         list[str] | None, typer.Argument(help="Model folders beside the bundled ones.")
     ] = None,
-    task: Annotated[str, typer.Option(help="classify, detect or segment.")] = "segment",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classify, detect or segment; default: what the models do, if all alike."
+        ),
+    ] = None,
     max_ms: Annotated[
         float | None, typer.Option(help="Milliseconds one image may take, file to results.")
     ] = None,

@@ -23,7 +23,7 @@ from vovnet.profiling.gate import (
 from vovnet.profiling.html import to_html
 from vovnet.profiling.plots import profile_plots
 from vovnet.profiling.profile import Settings, check_settings, profile_targets
-from vovnet.profiling.records import Accuracy, Profile
+from vovnet.profiling.records import Accuracy, Profile, why_unmeasured
 from vovnet.profiling.report import plain_console, print_profile, to_csv
 from vovnet.profiling.target import (
     Target,
@@ -113,6 +113,8 @@ def profile(
         progress=lambda text: print(f"vovnet: {text}", file=sys.stderr),
     )
     _report(measured, csv_file, html_file, layers, as_json)
+    if card or baseline is not None:
+        _require_all(measured)
     if card:
         for target in targets:
             model = next(one for one in measured.models if one.name == target.name)
@@ -183,6 +185,14 @@ def _require_folders(targets: Sequence[Target], engines: Sequence[str]) -> None:
     for target in targets:
         if target.kind != "folder" or (target.path is not None and target.path.is_file()):
             raise ConfigError(f"update-card: expected a model folder, got {target.name}")
+
+
+def _require_all(measured: Profile) -> None:
+    """A gate must not open, nor a card be written, for a model that did not run."""
+    for model in measured.models:
+        reason = why_unmeasured(model.results)
+        if reason is not None:
+            raise ConfigError(f"{model.name}: {reason}")
 
 
 def _accuracies(

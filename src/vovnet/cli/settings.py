@@ -9,8 +9,10 @@ from vovnet.errors import ConfigError
 
 
 def parse_settings(flags: Mapping[str, object], settings: Sequence[str]) -> dict[str, Any]:
-    """The flags that were given, and the settings NAME=VALUE over them, NAME.KEY=VALUE for one key
-    of a setting that is a mapping; raises ConfigError.
+    """The flags that were given, which None are not, and the settings NAME=VALUE over them,
+    NAME.KEY=VALUE for one key of a setting that is a mapping; a VALUE of null is None.
+
+    Raises ConfigError.
     """
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     for text in settings:

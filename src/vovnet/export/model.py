@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,12 +39,13 @@ from vovnet.published import (
 from vovnet.runtime.engine import Engine
 from vovnet.runtime.exported import ExportedFile, open_exported
 from vovnet.runtime.onnxruntime import OnnxRuntimeEngine
-from vovnet.runtime.openvino import OpenVinoEngine
+from vovnet.runtime.openvino import OpenVinoEngine, with_least_sides
 from vovnet.runtime.torch import TorchEngine, build_model
 from vovnet.runtime.torch_export import TorchExportEngine
 
 Format = Literal["onnx", "openvino", "torch-export"]
 Precision = Literal["fp32", "fp16"]
+Progress = Callable[[str], None]
 
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2"}
 _CHECKED_IN: dict[Format, tuple[str, ...]] = {
@@ -87,9 +88,8 @@ def load_source(folder_or_name: str | Path) -> Source:
     folder = resolve_model(folder_or_name)
     if is_graph_file(folder):
         raise ConfigError(f"{folder}: expected a model folder or name, got an exported file")
-    config = load_config(folder)
-    # What the weights cost elsewhere, and how they were trained, stays with the folder.
-    told = config.model_copy(update={"cost": {}, "training": _data_of(config)})
+    # What the weights cost in another form stays with the folder.
+    told = load_config(folder).model_copy(update={"cost": {}})
     return Source(build_model(folder), told, sha256(folder / WEIGHTS_FILE))
 
 
@@ -118,13 +118,14 @@ def export_model(
     format: Format = "onnx",
     precision: Precision = "fp32",
     raw: bool = False,
+    progress: Progress = lambda text: None,
 ) -> Export:
     """Writes a network to `output`, .onnx, .pt2, or .xml with .bin beside it, and compares it with
     torch on pictures (H, W, 3) uint8 RGB, in every installed engine that reads it.
 
     A file that differs is not kept, one of the same name that was there stays. raw leaves the
-    choice of detections out. Raises ConfigError on what cannot be exported, and where no engine is
-    installed.
+    choice of detections out. progress is told each stage as it begins. Raises ConfigError on what
+    cannot be exported, and where no engine is installed.
     """
     engines = [name for name in _CHECKED_IN[format] if _is_installed(name)]
     if not engines:
@@ -134,14 +135,27 @@ def export_model(
     folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
     try:
         written = folder / output.name
+        progress(f"exporting to {format}, {precision}")
         expected = _write(source, written, format=format, precision=precision, raw=raw)
-        batches = make_batches(preprocess_of(source), pictures)
-        comparisons = tuple(_check(name, written, expected, batches, raw=raw) for name in engines)
+        batches = _batches(source, pictures)
+        comparisons = []
+        for name in engines:
+            progress(f"comparing {name} with torch")
+            comparisons.append(_check(name, written, expected, batches, raw=raw))
         if any(one.problems for one in comparisons):
-            return Export((), comparisons)
-        return Export(move_files(written, output), comparisons)
+            return Export((), tuple(comparisons))
+        return Export(move_files(written, output), tuple(comparisons))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _batches(source: Source, pictures: Sequence[NDArray[np.uint8]]) -> list[Batch]:
+    preprocess = preprocess_of(source)
+    batches = make_batches(preprocess, pictures)
+    if source.config.task == "classify" or _sides(preprocess, source.config.task) is not None:
+        return batches
+    # Torch, too, is to see what OpenVINO needs.
+    return [(with_least_sides(images), sizes) for images, sizes in batches]
 
 
 def _write(source: Source, path: Path, *, format: Format, precision: Precision, raw: bool) -> Run:
@@ -255,10 +269,6 @@ def preprocess_of(source: Source) -> Preprocess:
     preprocess = Preprocess.from_dict(source.config.preprocess)
     # In a pooled map padding would count.
     return replace(preprocess, size_divisor=1) if source.config.task == "classify" else preprocess
-
-
-def _data_of(config: ModelConfig) -> dict[str, Any]:
-    return {"data": config.training["data"]} if "data" in config.training else {}
 
 
 def move_files(written: Path, output: Path) -> tuple[Path, ...]:

@@ -28,7 +28,7 @@ from vovnet.export.int8 import (
     quantize,
     read_network,
 )
-from vovnet.export.model import Source, export_model, move_files, preprocess_of
+from vovnet.export.model import Progress, Source, export_model, move_files, preprocess_of
 from vovnet.exported import EXPORT_KEY, ExportInfo, Int8Info, read_export_info
 from vovnet.images import read_image
 from vovnet.predict import Predictor
@@ -131,22 +131,27 @@ def export_int8(
     *,
     trial: Trial,
     max_drop: float,
+    progress: Progress = lambda text: None,
 ) -> Int8Export:
     """Writes a network in eight bits to `output`, .xml with .bin beside it, where its accuracy
     falls by no more than max_drop, in points of a hundred, below that of the same file in float.
 
     Layers with the largest errors are left in float where that is needed. The float file is
     compared with torch on pictures (H, W, 3) uint8 RGB first. A file that is refused is not kept,
-    one of the same name that was there stays. Raises ConfigError where a package is missing.
+    one of the same name that was there stays. progress is told each stage as it begins. Raises
+    ConfigError where a package is missing.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
     try:
-        done = export_model(source, folder / _FLOAT_FILE, pictures, format="openvino")
+        done = export_model(
+            source, folder / _FLOAT_FILE, pictures, format="openvino", progress=progress
+        )
         if done.problems:
             return Int8Export((), done.comparisons, None, 0, 0, tuple(done.problems), ())
+        progress(f"measuring accuracy on the split {trial.split} in float")
         reference = _measure_float(folder, trial, pictures)
-        return _search(folder, output, trial, max_drop, reference, done.comparisons)
+        return _search(folder, output, trial, max_drop, reference, done.comparisons, progress)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -167,9 +172,11 @@ def _search(
     max_drop: float,
     reference: _Reference,
     comparisons: tuple[Comparison, ...],
+    progress: Progress,
 ) -> Int8Export:
     """Tries with ever more layers in float until one holds."""
     model = read_network(reference.file.path)
+    progress("measuring accuracy in int8")
     tried = _try(model, folder, trial, reference, {})
     if not tried.holds(max_drop):
         names = layer_names(model)
@@ -177,6 +184,7 @@ def _search(
         errors = _sorted(layer_errors(model, tried.model, looked_at))
         for share in FLOAT_SHARES:
             kept = {name: names[name] for name in list(errors)[: math.ceil(share * len(errors))]}
+            progress(f"measuring accuracy in int8 with {len(kept)} layers in float")
             tried = _try(model, folder, trial, reference, kept)
             if tried.holds(max_drop):
                 break

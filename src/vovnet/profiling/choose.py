@@ -17,6 +17,8 @@ class Candidate:
     time: Timings | None
     energy: EnergyResult | None = None
     engine: str | None = None
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the picture that was timed."""
     error: str | None = None
 
 

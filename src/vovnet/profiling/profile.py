@@ -30,6 +30,7 @@ from vovnet.profiling.records import (
     PointResult,
     Profile,
     printable,
+    why_unmeasured,
 )
 from vovnet.profiling.roofline import DTYPES, Ceilings, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
@@ -135,7 +136,8 @@ def profile_targets(
     """Profile several targets together; ratios are to the first.
 
     A point that one target cannot run (out of memory, a precision the device lacks) is reported
-    with its reason, and the sweep goes on. `accuracies` go over those that folders record.
+    with its reason, and the sweep goes on; so is a target that runs at none. A file of one size
+    runs at that size. `accuracies` go over those that folders record.
     Raises ConfigError when no target runs at any point, OSError when the device was lost.
     """
     settings = settings or Settings()
@@ -170,7 +172,7 @@ def _profile(
             results[name].append(result)
         if number == 0:
             ratios, networks = measured.comparison.ratios, measured.networks
-    _require_one_result(results)
+    _require_one_result(results, progress)
     if points[0].threads is not None:  # the sweep has left it at its last point's
         torch.set_num_threads(points[0].threads)
     ceilings = _ceilings(device, points[0], settings, progress)
@@ -281,8 +283,11 @@ def method_lines(settings: Settings) -> tuple[str, ...]:
     )
 
 
-def _own_point(target: Target, point: Point) -> Point:
-    """The point with the sizes of a target that brings its own inputs."""
+def _own_point(target: Target, point: Point, network: Network | None = None) -> Point:
+    """The point with the sizes of a target that brings its own inputs, or of a file of one size."""
+    if network is not None and network.own_size is not None:
+        batch_size, height, width = network.own_size
+        return replace(point, batch_size=batch_size, height=height, width=width)
     if not target.inputs:
         return point
     shape = target.inputs[0].shape
@@ -299,7 +304,7 @@ def _point_result(
     settings: Settings,
     meter: Meter | EnergyResult | None,
 ) -> PointResult:
-    name, point = target.name, _own_point(target, point)
+    name, point = target.name, _own_point(target, point, network)
     counts: Counts | None = None
     error = errors.get(name)
     try:
@@ -346,13 +351,15 @@ def _open_meter(wanted: bool) -> Meter | EnergyResult | None:
         return EnergyResult(unavailable=str(error))
 
 
-def _require_one_result(results: Mapping[str, Sequence[PointResult]]) -> None:
-    """Counts alone are a result of an ONNX file; of a network that should run they are not."""
-    for name, measured in results.items():
-        counted_alone = "install onnxruntime" in (measured[0].error or "")
-        missing = all(result.timings is None for result in measured)
-        if missing and not (counted_alone and measured[0].counts is not None):
-            raise ConfigError(f"{name}: {measured[0].error}")
+def _require_one_result(
+    results: Mapping[str, Sequence[PointResult]], progress: Callable[[str], None]
+) -> None:
+    reasons = {name: why_unmeasured(measured) for name, measured in results.items()}
+    lines = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if len(lines) == len(results):
+        raise ConfigError("; ".join(lines))
+    for line in lines:
+        progress(f"not measured: {line}")
 
 
 def _ceilings(
@@ -392,13 +399,18 @@ def _model_profile(
         whole=whole,
         layers=layers,
         layer_rounds=settings.layer_rounds if layers else 0,
-        notes=_notes(results[0], layers),
+        notes=_notes(results[0], network, layers),
     )
 
 
-def _notes(result: PointResult, layers: Sequence[Placement]) -> tuple[str, ...]:
+def _notes(
+    result: PointResult, network: Network | None, layers: Sequence[Placement]
+) -> tuple[str, ...]:
     """What a reader must know before believing the figures."""
     notes = []
+    if network is not None and network.own_size is not None:
+        size = "batch {}, {} x {}".format(*network.own_size)
+        notes.append(f"its file has a size of its own: it ran at {size}, not as asked")
     above = [layer.name for layer in layers if layer.of_ceiling > 1.1]
     if above:
         notes.append(

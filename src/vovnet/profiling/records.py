@@ -1,6 +1,6 @@
 """What a profile is: plain figures with the hardware, the method and the date they belong to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -175,6 +175,17 @@ class Profile:
             "models": [_model_dict(model) for model in self.models],
             "ratios": [ratio.to_dict() for ratio in self.ratios],
         }
+
+
+def why_unmeasured(results: Sequence[PointResult]) -> str | None:
+    """Why no point of a target has a result, None where one has.
+
+    Counts alone are a result of an ONNX file; of a network that should run they are not.
+    """
+    counted_alone = "install onnxruntime" in (results[0].error or "")
+    if any(result.timings for result in results) or (counted_alone and results[0].counts):
+        return None
+    return results[0].error
 
 
 def _model_dict(model: ModelProfile) -> dict[str, Any]:

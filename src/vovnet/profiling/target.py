@@ -24,6 +24,7 @@ from vovnet.profiling.records import LAYOUTS, Accuracy, Point, TargetKind, print
 from vovnet.profiling.roofline import DTYPES, synchronize
 from vovnet.published import PUBLISHED, find_published
 from vovnet.runtime.engine import find_candidates
+from vovnet.runtime.exported import ExportedFile
 from vovnet.runtime.onnxruntime import import_onnxruntime
 from vovnet.runtime.torch import build_model, choose_device, set_threads
 
@@ -67,7 +68,8 @@ def on_engines(targets: Sequence[Target], engines: Sequence[str]) -> list[Target
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """A network that is ready to run one batch: `run` waits for the device and returns the number
-    of images. `module` and `inputs` are there where torch runs it.
+    of images. `module` and `inputs` are there where torch runs it. `own_size` is the batch size,
+    height and width of a file that takes no other, where these are not the asked ones.
     """
 
     run: Callable[[], int]
@@ -75,6 +77,7 @@ class Network:
     precision: str
     device: str
     module: nn.Module | None = None
+    own_size: tuple[int, int, int] | None = None
 
 
 def find_target(text: str) -> Target:
@@ -313,7 +316,10 @@ def _open_folder(
         device=device,
         threads=point.threads,
     )
-    pixels = [picture(point, image)] * point.batch_size
+    file: ExportedFile | None = getattr(predictor.engine, "file", None)
+    height, width = (file and file.sides) or (point.height, point.width)
+    own_size = _other_size(point, (point.batch_size, height, width))
+    pixels = [picture(replace(point, height=height, width=width), image)] * point.batch_size
     images, sizes = predictor.preprocess.batch(pixels)
 
     def run() -> int:
@@ -326,7 +332,12 @@ def _open_folder(
         precision=predictor.engine.precision,
         device=predictor.engine.device,
         module=getattr(predictor.engine, "graph", None),
+        own_size=own_size,
     )
+
+
+def _other_size(point: Point, size: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    return None if size == (point.batch_size, point.height, point.width) else size
 
 
 def _module_inputs(target: Target, point: Point) -> tuple[Tensor, ...]:
@@ -358,7 +369,15 @@ def _open_onnx(target: Target, point: Point) -> Network:
         session.run(None, {given[0].name: values})
         return len(values)
 
-    return Network(run=run, engine="onnxruntime", precision="as stored", device="cpu")
+    batch, *sides = values.shape
+    height, width = sides[:2] if sides[2] == 3 else sides[1:]
+    return Network(
+        run=run,
+        engine="onnxruntime",
+        precision="as stored",
+        device="cpu",
+        own_size=_other_size(point, (batch, height, width)),
+    )
 
 
 def _onnx_image(shape: list[Any], kind: str, point: Point) -> NDArray[Any]:

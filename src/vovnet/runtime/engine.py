@@ -22,6 +22,7 @@ from vovnet.runtime.measured import (
     Key,
     Measured,
     find_measured,
+    is_busy,
     keep_measured,
     measurement_key,
     time_engines,
@@ -71,11 +72,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An engine by its name, the path or name of what it would load, and why it may be chosen."""
+    """An engine by its name, the path or name of what it would load, and why it may be chosen;
+    `passed_over` says which exports beside it may not, and why.
+    """
 
     engine: str
     model: str | Path
     because: str
+    passed_over: str = ""
 
 
 def load_engine(
@@ -93,7 +97,8 @@ def load_engine(
 
     engine `auto` is an exported file's own; of a folder the export that lies in it, where its
     engine is installed and no GPU is asked for, else torch. Where several could run, the fastest on
-    this machine is taken: it is measured once, for about a second, and kept in the user's cache.
+    this machine is taken: it is measured for about a second, and kept in the user's cache for a
+    month, what a busy machine showed for the day.
     precision `auto` is fp32, or int8 of a file that is quantised. threads sets the CPU threads.
     settings go over the folder's own settings of the network (min_score, max_detections). mode
     `throughput` prepares OpenVINO for several batches at a time, as `infer_stream` gives them; the
@@ -119,7 +124,8 @@ def load_engine(
     )
     if len(candidates) == 1:
         loaded = load(candidates[0], mode=mode)
-        loaded.chosen_because = candidates[0].because if engine == "auto" else ""
+        because = candidates[0].because + candidates[0].passed_over
+        loaded.chosen_because = because if engine == "auto" else ""
         return loaded
     key = _key_of(candidates, precision=precision, threads=threads)
     return _load_fastest(candidates, load, key, mode=mode)
@@ -189,7 +195,11 @@ def _without_stale(candidates: Sequence[Candidate], folder: Path) -> list[Candid
             errors.append(error)
     if errors and not current:
         raise errors[0]
-    return current
+    return [replace(one, passed_over=_passed_over(errors)) for one in current]
+
+
+def _passed_over(errors: Sequence[ConfigError]) -> str:
+    return "".join(f"; passed over: {error}" for error in errors)
 
 
 def _load(
@@ -218,23 +228,26 @@ def _load_fastest(
 ) -> Engine:
     """The engine that is known to be the fastest, or is found to be now."""
     by_name = {candidate.engine: candidate for candidate in candidates}
-    measured, loaded = find_measured(key), {}
+    measured, failed = find_measured(key), ""
+    loaded: dict[str, Engine] = {}
     if measured is None:
-        loaded = _load_possible(candidates, load, key["precision"])
+        loaded, failed = _load_possible(candidates, load, key["precision"])
         if len(loaded) > 1:
             measured = _measure(loaded, Path(candidates[0].model))
             keep_measured(key, measured)
     name = measured.fastest if measured else next(iter(loaded))
     known = loaded.get(name) if mode == "latency" else None
     engine = known or load(by_name[name], mode=mode)
-    engine.chosen_because = measured.describe() if measured else by_name[name].because
+    because = measured.describe() if measured else by_name[name].because
+    engine.chosen_because = because + by_name[name].passed_over + failed
     return engine
 
 
 def _load_possible(
     candidates: Sequence[Candidate], load: Callable[..., Engine], precision: str
-) -> dict[str, Engine]:
-    """Those that can run as asked, by name: not every engine has every precision.
+) -> tuple[dict[str, Engine], str]:
+    """Those that can run as asked, by name, and why others cannot where no precision was asked for:
+    not every engine has every precision.
 
     Who asks for a float precision gets a file in int8 only where there is no other. Raises
     ConfigError where none can.
@@ -248,7 +261,9 @@ def _load_possible(
     if not loaded:
         raise errors[0]
     floats = {name: one for name, one in loaded.items() if one.precision != "int8"}
-    return floats if floats and precision not in ("auto", "int8") else loaded
+    if precision == "auto":
+        return loaded, _passed_over(errors)
+    return floats if floats and precision != "int8" else loaded, ""
 
 
 def _measure(engines: Mapping[str, Engine], model: Path) -> Measured:
@@ -260,10 +275,12 @@ def _measure(engines: Mapping[str, Engine], model: Path) -> Measured:
     picture = np.random.default_rng(0).integers(0, 256, (*_MADE_UP_SIZE, 3), dtype=np.uint8)
     batch = preprocess.batch([preprocess.resize(picture)])
     runs = {name: partial(engine.infer, *batch) for name, engine in engines.items()}
+    busy = is_busy()
     return Measured(
         ms_per_image=time_engines(runs),
         precisions={name: engine.precision for name, engine in engines.items()},
         date=datetime.now(UTC).date().isoformat(),
+        busy=busy,
     )
 
 

@@ -1,6 +1,10 @@
-"""Which engine is the fastest for a model on this machine: measured once, then read from a file."""
+"""Which engine is the fastest for a model on this machine: measured, then read from a file for a
+month.
+"""
 
+import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +19,10 @@ from vovnet.hardware import available_cores, package_version, processor_name
 CACHE_FILE = "engines.json"
 MAX_ENTRIES = 200
 BUDGET_S, MAX_ROUNDS = 1.0, 20
+MAX_AGE_DAYS = 30
+"""After which a measurement counts no more; one of a busy machine counts for its day alone."""
+BUSY_LOAD = 0.5
+"""Average load of a minute, for each core, from which on a machine is busy."""
 
 Key = dict[str, Any]
 
@@ -30,8 +38,10 @@ class Measured(BaseModel):
     """Of each engine by its name."""
     precisions: dict[str, str]
     """What each computed in."""
-    date: str
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     """Of the day in UTC, YYYY-MM-DD."""
+    busy: bool = False
+    """Whether the machine had other work then, so that the figures may mislead."""
 
     @property
     def fastest(self) -> str:
@@ -47,7 +57,16 @@ class Measured(BaseModel):
             if name != best
         )
         own = f"{self.ms_per_image[best]:.1f} ms a picture ({self.precisions[best]})"
-        return f"{own} against {others}, measured on this machine on {self.date}"
+        busy = ", while it was busy" if self.busy else ""
+        return f"{own} against {others}, measured on this machine on {self.date}{busy}"
+
+    def is_current(self, today: datetime.date) -> bool:
+        """Whether it still counts on a day in UTC."""
+        try:
+            age_days = (today - datetime.date.fromisoformat(self.date)).days
+        except ValueError:
+            return False
+        return 0 <= age_days <= (0 if self.busy else MAX_AGE_DAYS)
 
 
 def measurement_key(
@@ -90,10 +109,21 @@ def _second_s(run: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - start_s
 
 
-def find_measured(key: Key) -> Measured | None:
-    """What was measured under a key, None where nothing was or the file cannot be read."""
+def is_busy() -> bool:
+    """Whether the machine has had other work in the last minute; False where it does not say."""
+    try:
+        return os.getloadavg()[0] >= BUSY_LOAD * available_cores()
+    except (AttributeError, OSError):
+        return False
+
+
+def find_measured(key: Key, *, today: datetime.date | None = None) -> Measured | None:
+    """What was measured under a key and still counts today (in UTC), None where nothing was or the
+    file cannot be read.
+    """
+    day = today or datetime.datetime.now(datetime.UTC).date()
     found = [_parse(entry, key) for entry in _read_entries() if entry.get("key") == key]
-    return next((one for one in found if one is not None), None)
+    return next((one for one in found if one is not None and one.is_current(day)), None)
 
 
 def keep_measured(key: Key, measured: Measured) -> None:

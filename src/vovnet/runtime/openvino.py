@@ -15,6 +15,8 @@ from vovnet.errors import ConfigError
 from vovnet.runtime.exported import ExportedFile, open_exported
 from vovnet.runtime.threads import check_threads
 
+LEAST_SIDE = 64
+"""Pixels: of less the third pool, of three cells, sees two, which OpenVINO refuses."""
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
@@ -58,6 +60,8 @@ class OpenVinoEngine:
 
     def infer(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """As Engine.infer."""
+        if self.file.sides is None and "sizes" in self.file.inputs:
+            images = with_least_sides(images)
         feeds = self.file.feeds(images, sizes)
         request = self._requests.get()
         try:
@@ -65,6 +69,14 @@ class OpenVinoEngine:
         finally:
             self._requests.put(request)
         return self.file.results(self._names, list(found.values()))
+
+
+def with_least_sides(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (B, H, W, 3) with padding up to LEAST_SIDE, themselves where both sides reach it."""
+    height, width = (max(LEAST_SIDE - side, 0) for side in images.shape[1:3])
+    if height == width == 0:
+        return images
+    return np.pad(images, ((0, 0), (0, height), (0, width), (0, 0)))
 
 
 def load(

@@ -42,8 +42,8 @@ def preprocess_fields(config: TrainConfig) -> dict[str, object]:
     return values
 
 
-def build_model(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
-    """The network, its weights random but those that the config names."""
+def build_model(config: TrainConfig, class_names: Sequence[str], *, notes: list[str]) -> nn.Module:
+    """The network, its weights random but those that the config names; what was loaded is noted."""
     if config.model_overrides.get("norm") == "frozen_bn" and config.backbone_weights is None:
         raise ConfigError(
             "model_overrides.norm: expected bn or gn for a backbone without loaded weights "
@@ -69,8 +69,10 @@ def build_model(config: TrainConfig, class_names: Sequence[str]) -> nn.Module:
             tensors = read_backbone(Path(config.backbone_weights), name=backbone)
         where = f"backbone_weights {config.backbone_weights}"
         load_backbone(backbone_of(model), tensors, where=where)
+        own = {name for name in backbone_of(model).state_dict() if not name.startswith("head.")}
+        notes.append(f"{where}: {len(own & tensors.keys())} tensors loaded")
     if config.init is not None:
-        _load_trained(model, config.init, class_names)
+        _load_trained(model, config.init, class_names, notes=notes)
     return model
 
 
@@ -104,16 +106,21 @@ def frozen_parts(model: nn.Module, count: int) -> list[nn.Module]:
     return [backbone.stem, *backbone.stages][:count]
 
 
-def _load_trained(model: nn.Module, folder_or_name: str, class_names: Sequence[str]) -> None:
+def _load_trained(
+    model: nn.Module, folder_or_name: str, class_names: Sequence[str], *, notes: list[str]
+) -> None:
     """Loads a model folder's weights; layers of other classes keep their random ones."""
     folder = resolve_model(folder_or_name)
     same_classes = load_config(folder).class_names == list(class_names)
     tensors = {name: torch.from_numpy(value) for name, value in load_arrays(folder).items()}
-    for name, own in model.state_dict().items():
-        per_class = name.rpartition(".")[0].endswith(_CLASS_LAYERS)
-        if per_class and name in tensors and not same_classes:
-            tensors[name] = own
-    load_tensors(model, tensors, where=f"init {folder}")
+    others = {
+        name: own
+        for name, own in model.state_dict().items()
+        if name.rpartition(".")[0].endswith(_CLASS_LAYERS) and name in tensors and not same_classes
+    }
+    load_tensors(model, tensors | others, where=f"init {folder}")
+    random = f", {len(others)} of other classes left random" if others else ""
+    notes.append(f"init {folder}: {len(tensors) - len(others)} tensors loaded{random}")
 
 
 def model_overrides(config: TrainConfig) -> dict[str, Any]:

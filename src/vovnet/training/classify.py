@@ -117,6 +117,8 @@ class ClassifierTask:
         self.train_data = self._checked(self.train_data, skip_bad)
         self.val_data = self._checked(self.val_data, skip_bad)
         self.class_names = names
+        if config.teacher is not None:  # what the model refuses is refused before hours of teaching
+            build_model(config, names, notes=[])
         started_s = time.monotonic()
         self.lesson = self._lesson(device)
         self.spent_s = time.monotonic() - started_s
@@ -137,7 +139,7 @@ class ClassifierTask:
 
     def build_model(self) -> nn.Module:
         """The classifier with a head for the data's classes."""
-        return build_model(self.config, self.class_names)
+        return build_model(self.config, self.class_names, notes=self.notes)
 
     def loss_step(self, model: nn.Module, frozen: Sequence[nn.Module]) -> LossStep:
         """The losses of the model, those of frozen parts aside."""

@@ -266,8 +266,8 @@ def load_config(
     *,
     defaults: Mapping[str, object] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Merge flags over the YAML file over the recipe, or `defaults` where there is none; flags that
-    are None count as not given.
+    """Merge flags over the YAML file over the recipe, or `defaults` where there is none; None is a
+    value, which not every setting takes.
 
     Settings that are themselves mappings (model_overrides, preprocess, augment) merge key by key.
     Raises ConfigError naming what was expected and found.
@@ -276,8 +276,7 @@ def load_config(
     merged = dict(defaults) if base is None else base.config.model_dump(exclude_unset=True)
     if yaml_path is not None:
         merged = _merge(merged, _yaml_layer(yaml_path), str(yaml_path))
-    given = {key: value for key, value in flags.items() if value is not None}
-    merged = _merge(merged, given, "the command line")
+    merged = _merge(merged, flags, "the command line")
     if merged.get("data") is None:
         raise ConfigError("data: expected the folder of a data set (--data DIR), found nothing")
     config = _validate(merged)
@@ -379,7 +378,7 @@ def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> dict[s
             merged = {key: value for key, value in merged.items() if key not in group}
     for key, value in layer.items():
         nested = key in _NESTED and isinstance(value, Mapping)
-        merged[key] = {**merged.get(key, {}), **value} if nested else value
+        merged[key] = {**(merged.get(key) or {}), **value} if nested else value
     return merged
 
 

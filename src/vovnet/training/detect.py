@@ -52,9 +52,12 @@ class DetectorTask:
                 )
             preset = replace(preset, output_size=(config.image_size, config.image_size))
         self.train_data, self.val_data, self.skipped = load_splits(config, skip_bad=skip_bad)
+        self.class_names = self.train_data.class_names
         self.notes: list[str] = []
         started_s = time.monotonic()
         if config.teacher is not None:
+            # What the model refuses is refused before hours of teaching.
+            build_model(config, self.class_names, notes=[])
             self.train_data = self._taught(config.teacher, device)
         self.spent_s = time.monotonic() - started_s
         if task_of(config.model) == "segment" and not has_masks(self.train_data):
@@ -64,7 +67,6 @@ class DetectorTask:
             )
         if all(one.is_ignored for image in self.train_data.images for one in image.annotations):
             raise DataError(f"{config.data}: expected labelled objects to learn, found none")
-        self.class_names = self.train_data.class_names
         self.dataset = TrainDataset(
             self.train_data, self.preprocess, preset=preset, seed=config.seed
         )
@@ -83,7 +85,7 @@ class DetectorTask:
 
     def build_model(self) -> nn.Module:
         """The detector for the data's classes."""
-        return build_model(self.config, self.class_names)
+        return build_model(self.config, self.class_names, notes=self.notes)
 
     def loss_step(self, model: nn.Module, frozen: Sequence[nn.Module]) -> LossStep:
         """The losses of the model, those of frozen parts aside."""

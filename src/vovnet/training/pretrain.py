@@ -48,6 +48,7 @@ PRETRAIN: dict[str, Any] = {
 
 CHECKED_PICTURES = 100_000
 """Up to so many are decoded before the first step; of more, a bad one ends the training."""
+_LEAST_PICTURES = 2
 _EVALUATED = 128
 _EVALUATED_AT_ONCE = 16
 
@@ -101,6 +102,11 @@ class PretrainTask:
         found = load_pictures(Path(config.data), splits, format=config.data_format)
         # Always, as no label is lost with a picture.
         self.data, self.skipped = without_bad(found, threads=max(config.workers, 1))
+        if len(self.data) < _LEAST_PICTURES:
+            raise DataError(
+                f"{config.data}: expected at least {_LEAST_PICTURES} pictures, which a backbone "
+                f"learns to tell apart, found {len(self.data)}"
+            )
         cache_bytes = _cache_bytes(config.workers)
         self.dataset = ViewDataset(
             self.data, preset=self.preset, seed=config.seed, cache_bytes=cache_bytes
@@ -122,7 +128,7 @@ class PretrainTask:
 
     def build_model(self) -> nn.Module:
         """The backbone, without a classifier."""
-        return build_model(self.config, self.class_names)
+        return build_model(self.config, self.class_names, notes=self.notes)
 
     def loss_step(self, model: nn.Module, frozen: Sequence[nn.Module]) -> LossStep:
         """What the backbone learns."""

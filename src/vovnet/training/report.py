@@ -15,10 +15,23 @@ from vovnet.errors import ConfigError
 from vovnet.files import atomic_path, atomic_write_text
 
 Record = dict[str, Any]
+Point = tuple[int, float]
 
-_CURVES = (
-    ("box", "ap"), ("box", "ap50"), ("mask", "ap"), ("mask", "ap50"), ("top1",), ("matched",),
-)  # fmt: skip
+_OF_STEPS = ("losses", "learning rate")
+
+_CURVES: dict[str, dict[str, tuple[str, ...]]] = {
+    "validation": {
+        "box AP": ("box", "ap"),
+        "box AP50": ("box", "ap50"),
+        "mask AP": ("mask", "ap"),
+        "mask AP50": ("mask", "ap50"),
+        "top-1": ("top1",),
+        "matched": ("matched",),
+    },
+    "spread of the features": {"feature_std": ("feature_std",)},
+    "directions of the features": {"feature_rank": ("feature_rank",)},
+}
+"""Of each drawing its curves, and where their values stand in the metrics of an evaluation."""
 
 
 class ProgressReport:
@@ -166,29 +179,47 @@ def require_matplotlib() -> None:
 
 
 def draw_curves(path: Path, records: Sequence[Record]) -> None:
-    """A PNG of the losses, the learning rate and AP over the steps."""
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(15, 4))
-    losses, rates, accuracy = figure.subplots(1, 3)
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.12, top=0.92, wspace=0.15)
-    steps = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "eval"]
-    for name in steps[-1]["losses"] if steps else ():
-        points = [(r["step"], r["losses"].get(name)) for r in steps]
-        losses.plot(*zip(*points, strict=True), label=name)
-    rates.plot([r["step"] for r in steps], [r["learning_rate"] for r in steps])
-    for keys in _CURVES:
-        points = [(r["step"], _at(r["metrics"], keys)) for r in evaluations]
-        found = [(step, value) for step, value in points if value is not None]
-        if found:
-            label = " ".join(part if part in ("box", "mask") else part.upper() for part in keys)
-            accuracy.plot(*zip(*found, strict=True), marker=".", label=label)
-    for axes, title in ((losses, "losses"), (rates, "learning rate"), (accuracy, "validation")):
+    """A PNG of the losses, the learning rate and what evaluations measured, over the steps."""
+    drawings = curves_of(records)
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(5 * len(drawings), 4), layout="constrained"
+    )
+    every_axes = figure.subplots(1, len(drawings))
+    for axes, (title, curves) in zip(every_axes, drawings.items(), strict=True):
+        for name, points in curves.items():
+            marker = None if title in _OF_STEPS else "."
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name)
         axes.set(title=title, xlabel="step")
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
+        if curves and title in ("losses", "validation"):
+            axes.legend(fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+
+
+def curves_of(records: Sequence[Record]) -> dict[str, dict[str, list[Point]]]:
+    """Of each drawing its curves by name, as (step, value); drawings of evaluations that none of
+    the records holds a value of are left out, but the first.
+    """
+    steps = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    names = steps[-1]["losses"] if steps else ()
+    drawings: dict[str, dict[str, list[Point]]] = {
+        "losses": {name: _points(steps, ("losses", name)) for name in names},
+        "learning rate": {"learning rate": _points(steps, ("learning_rate",))},
+    }
+    for title, curves in _CURVES.items():
+        found = {name: _points(evaluations, ("metrics", *at)) for name, at in curves.items()}
+        drawings[title] = {name: points for name, points in found.items() if points}
+    shown = (*_OF_STEPS, "validation")
+    return {title: curves for title, curves in drawings.items() if curves or title in shown}
+
+
+def _points(records: Sequence[Record], keys: Sequence[str]) -> list[Point]:
+    points = [(record["step"], _at(record, keys)) for record in records]
+    return [(step, value) for step, value in points if value is not None]
 
 
 def _at(values: Any, keys: Sequence[str]) -> Any:

@@ -1,0 +1,205 @@
+"""The variants of VovDet that `vovdet_ablation.py` compares, each with one choice made otherwise.
+
+What no setting changes is put in the place of the name that vovnet.models.vovdet looks up, within
+`replacing` alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import inf, log
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.ops import box_iou
+
+from vovnet.models import vovdet
+from vovnet.models.assign import Alignment
+from vovnet.models.boxes import Target, distances_to_boxes
+from vovnet.models.fcos import STRIDES as FCOS_STRIDES
+from vovnet.models.fcos import FCOSConfig, assign_points
+from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
+from vovnet.models.pan import OsaPan
+from vovnet.models.vovdet import VovDet, VovDetConfig, VovDetHead
+from vovnet.models.vovnet import VARIANTS as BACKBONES
+from vovnet.models.vovnet import VoVNetFeatures
+from vovnet.models.zoo import SIZED
+
+BASE = "as-is"
+FIRST_DISTANCE = 7.5  # strides: the mean of an even distribution over 16 bins
+MAX_LOG_DISTANCE = log(1000 / 16)
+CENTER_LIMITS = (64.0, 128.0, inf, inf)  # pixels, longest distance on strides 8, 16, 32
+
+
+def conv_of(config: VovDetConfig) -> ConvKind:
+    """The kind of the neck's 3x3 convolutions."""
+    return "depthwise" if config.depthwise else "plain"
+
+
+def make_pan(in_channels: Sequence[int], config: VovDetConfig) -> OsaPan:
+    """The neck as it is."""
+    return OsaPan(
+        in_channels,
+        out_channels=config.neck_channels,
+        conv_channels=config.neck_conv_channels,
+        layers=config.neck_layers,
+        conv=conv_of(config),
+    )
+
+
+def make_plain_pan(in_channels: Sequence[int], config: VovDetConfig) -> OsaPan:
+    """The neck with one 3x3 convolution in the place of each OSA block."""
+    neck, width = make_pan(in_channels, config), config.neck_channels
+    for half in (neck.top_down, neck.bottom_up):
+        for level in range(len(half)):
+            half[level] = make_conv3x3(conv_of(config), 2 * width, width, stride=1, norm="bn")
+    neck.apply(init_weights)
+    return neck
+
+
+class Fpn(nn.Module):
+    """A feature pyramid (Lin et al. 2017) with BatchNorm and ReLU after each convolution: the sum
+    of lateral maps from the coarsest down, then one 3x3 convolution for each level.
+    """
+
+    def __init__(self, in_channels: Sequence[int], config: VovDetConfig) -> None:
+        super().__init__()
+        width = config.neck_channels
+        self.lateral = nn.ModuleList(
+            ConvNormAct(channels, width, kernel=1, stride=1, norm="bn") for channels in in_channels
+        )
+        self.output = nn.ModuleList(
+            make_conv3x3(conv_of(config), width, width, stride=1, norm="bn") for _ in in_channels
+        )
+        self.apply(init_weights)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Maps of strides 8, 16, 32 to maps (B, neck_channels, H_l, W_l) of the same strides."""
+        maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
+        for level in range(len(maps) - 2, -1, -1):
+            size = maps[level].shape[-2:]
+            maps[level] = maps[level] + functional.interpolate(maps[level + 1], size=size)
+        return [conv(one) for conv, one in zip(self.output, maps, strict=True)]
+
+
+def decode_distances(distances: Tensor, points: Tensor, strides: Tensor) -> Tensor:
+    """In the place of decode_distributions: one number (..., 4) for each side of a box, whose
+    exponential is the distance in FIRST_DISTANCE strides (FCOS, section 3.2).
+
+    At zero, where training starts, boxes are as large as those of even distributions.
+    """
+    factor = distances.clamp(max=MAX_LOG_DISTANCE).exp()
+    return distances_to_boxes(points, FIRST_DISTANCE * factor * strides)
+
+
+def no_distribution_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """In the place of distribution_focal_loss, where nothing is distributed."""
+    return logits.sum(-1) * 0
+
+
+def strides_of(points: Tensor) -> Tensor:
+    """The strides (A,) of locations (A, 2), each an odd number of half strides from the border."""
+    x = points[:, 0].long()
+    return 2 * (x & -x)
+
+
+def assign_centers(
+    scores: Tensor,
+    boxes_xyxy: Tensor,
+    points: Tensor,
+    usable: Tensor,
+    target: Target,
+    *,
+    count: int,
+    alpha: float,
+    beta: float,
+    least_side: float,
+) -> Alignment:
+    """In the place of assign_aligned: FCOS's assignment, which no prediction changes. An object
+    takes the locations within 1.5 strides of its centre on the level that reaches its sides.
+
+    The quality of a location is the IoU of its box. What steers the alignment is not looked at.
+    """
+    objects = len(target.boxes_xyxy)
+    nobody = torch.full_like(usable, -1, dtype=torch.int64)
+    if not objects:
+        return Alignment(nobody, torch.zeros_like(scores[:, 0]))
+    strides = strides_of(points)
+    levels = [points[strides == stride] for stride in FCOS_STRIDES]  # none of the last two
+    numbered = Target(target.boxes_xyxy, torch.arange(objects, device=points.device))
+    limits = FCOSConfig(num_classes=objects, level_limits=CENTER_LIMITS)
+    number, _ = assign_points(levels, numbered, limits)
+    owner = number.where(usable & (number < objects), nobody)
+    overlaps = box_iou(target.boxes_xyxy.to(boxes_xyxy), boxes_xyxy).nan_to_num()  # (N, A)
+    own = overlaps.gather(0, owner.clamp(min=0)[None])[0]
+    return Alignment(owner, own.where(owner >= 0, 0.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What differs from VovDet as it is; the defaults are what it has itself."""
+
+    change: str
+    backbone: Mapping[str, Any] = field(default_factory=dict)  # settings of VoVNetConfig
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of VovDetConfig
+    maps: tuple[int, ...] = (2, 3, 4)  # of the backbone's five
+    neck: Callable[[Sequence[int], VovDetConfig], nn.Module] = make_pan
+    replaced: Mapping[str, Any] = field(default_factory=dict)  # names of vovnet.models.vovdet
+
+
+VOVDET_VARIANTS = {
+    BASE: Variant(change="nothing"),
+    "fpn": Variant(change="neck: plain FPN, nothing goes up", neck=Fpn),
+    "plain-neck": Variant(change="neck: PAN of single 3x3 convolutions", neck=make_plain_pan),
+    "no-dfl": Variant(
+        change="boxes: one number a side, GIoU alone",
+        settings={"box_bins": 1, "distribution_weight": 0.0},
+        replaced={
+            "decode_distributions": decode_distances,
+            "distribution_focal_loss": no_distribution_loss,
+        },
+    ),
+    "bce": Variant(
+        change="scores: binary cross entropy, same soft targets", settings={"focal_gamma": 0.0}
+    ),
+    "light-boxes": Variant(
+        change="box losses of 2 and 0.5 in place of 5 and 1.25",
+        settings={"box_weight": 2.0, "distribution_weight": 0.5},
+    ),
+    "center-assign": Variant(
+        change="assignment: FCOS's, quality the IoU", replaced={"assign_aligned": assign_centers}
+    ),
+    "no-ese": Variant(change="backbone: no attention, as V1", backbone={"attention": "none"}),
+    "stride-4": Variant(
+        change="one more level, of stride 4",
+        maps=(1, 2, 3, 4),
+        # The head, the losses and the detections read their levels from these two.
+        replaced={"LEVELS": ("p2", "p3", "p4", "p5"), "STRIDES": (4, 8, 16, 32)},
+    ),
+}
+
+
+@contextmanager
+def replacing(names: Mapping[str, Any]) -> Iterator[None]:
+    """Within it vovnet.models.vovdet has these in the place of its own."""
+    own = {name: getattr(vovdet, name) for name in names}
+    vars(vovdet).update(names)
+    try:
+        yield
+    finally:
+        vars(vovdet).update(own)
+
+
+def build(variant: Variant, model: str, *, num_classes: int) -> VovDet:
+    """A variant of a VovDet of this name, such as vovdet_n, with random weights."""
+    base, backbone_name = SIZED[model]
+    if type(base) is not VovDetConfig:
+        raise SystemExit(f"--model: expected a VovDet without masks, got {model}")
+    config = replace(base, num_classes=num_classes, **variant.settings)
+    backbone_config = replace(BACKBONES[backbone_name], **variant.backbone)
+    with replacing(variant.replaced):
+        backbone = VoVNetFeatures(backbone_config, out_indices=variant.maps)
+        neck = variant.neck(backbone.feature_info.channels(), config)
+        return VovDet(backbone, neck, VovDetHead(config), None, None, config)
