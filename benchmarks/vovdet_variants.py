@@ -7,19 +7,14 @@ What no setting changes is put in the place of the name that vovnet.models.vovde
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import inf, log
+from math import log
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import box_iou
 
 from vovnet.models import vovdet
-from vovnet.models.assign import Alignment
-from vovnet.models.boxes import Target, distances_to_boxes
-from vovnet.models.fcos import STRIDES as FCOS_STRIDES
-from vovnet.models.fcos import FCOSConfig, assign_points
+from vovnet.models.boxes import distances_to_boxes
 from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
 from vovnet.models.pan import OsaPan
 from vovnet.models.vovdet import VovDet, VovDetConfig, VovDetHead
@@ -30,7 +25,6 @@ from vovnet.models.zoo import SIZED
 BASE = "as-is"
 FIRST_DISTANCE = 7.5  # strides: the mean of an even distribution over 16 bins
 MAX_LOG_DISTANCE = log(1000 / 16)
-CENTER_LIMITS = (64.0, 128.0, inf, inf)  # pixels, longest distance on strides 8, 16, 32
 
 
 def conv_of(config: VovDetConfig) -> ConvKind:
@@ -99,44 +93,6 @@ def no_distribution_loss(logits: Tensor, target: Tensor) -> Tensor:
     return logits.sum(-1) * 0
 
 
-def strides_of(points: Tensor) -> Tensor:
-    """The strides (A,) of locations (A, 2), each an odd number of half strides from the border."""
-    x = points[:, 0].long()
-    return 2 * (x & -x)
-
-
-def assign_centers(
-    scores: Tensor,
-    boxes_xyxy: Tensor,
-    points: Tensor,
-    usable: Tensor,
-    target: Target,
-    *,
-    count: int,
-    alpha: float,
-    beta: float,
-    least_side: float,
-) -> Alignment:
-    """In the place of assign_aligned: FCOS's assignment, which no prediction changes. An object
-    takes the locations within 1.5 strides of its centre on the level that reaches its sides.
-
-    The quality of a location is the IoU of its box. What steers the alignment is not looked at.
-    """
-    objects = len(target.boxes_xyxy)
-    nobody = torch.full_like(usable, -1, dtype=torch.int64)
-    if not objects:
-        return Alignment(nobody, torch.zeros_like(scores[:, 0]))
-    strides = strides_of(points)
-    levels = [points[strides == stride] for stride in FCOS_STRIDES]  # none of the last two
-    numbered = Target(target.boxes_xyxy, torch.arange(objects, device=points.device))
-    limits = FCOSConfig(num_classes=objects, level_limits=CENTER_LIMITS)
-    number, _ = assign_points(levels, numbered, limits)
-    owner = number.where(usable & (number < objects), nobody)
-    overlaps = box_iou(target.boxes_xyxy.to(boxes_xyxy), boxes_xyxy).nan_to_num()  # (N, A)
-    own = overlaps.gather(0, owner.clamp(min=0)[None])[0]
-    return Alignment(owner, own.where(owner >= 0, 0.0))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """What differs from VovDet as it is; the defaults are what it has itself."""
@@ -168,12 +124,11 @@ VOVDET_VARIANTS = {
         change="box losses of 2 and 0.5 in place of 5 and 1.25",
         settings={"box_weight": 2.0, "distribution_weight": 0.5},
     ),
-    "center-assign": Variant(
-        change="assignment: FCOS's, quality the IoU", replaced={"assign_aligned": assign_centers}
-    ),
+    "aligned": Variant(change="assignment: task-aligned", settings={"assignment": "aligned"}),
     "no-ese": Variant(change="backbone: no attention, as V1", backbone={"attention": "none"}),
     "stride-4": Variant(
         change="one more level, of stride 4",
+        settings={"level_limits": (32, 64, 128)},
         maps=(1, 2, 3, 4),
         # The head, the losses and the detections read their levels from these two.
         replaced={"LEVELS": ("p2", "p3", "p4", "p5"), "STRIDES": (4, 8, 16, 32)},

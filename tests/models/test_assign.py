@@ -1,11 +1,12 @@
-"""Task-aligned assignment against a plain restatement, and what it promises by construction."""
+"""Both assignments against plain restatements, and what they promise by construction."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
-from vovnet.models.assign import Alignment, assign_aligned, in_regions
+from vovnet.models.assign import Alignment, assign_aligned, assign_centers, in_regions
 from vovnet.models.boxes import Target, grid_points
 
 SIDE, STRIDE = 96, 8
@@ -117,3 +118,56 @@ def test_points_in_regions() -> None:
     regions = torch.tensor([[10.0, 0, 20, 10], [0, 0, 4, 4]])
     assert in_regions(points, regions).tolist() == [True, True, False]
     assert in_regions(points, regions[:0]).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_centers_as_restated(seed: int) -> None:
+    """Three levels, objects smaller than a stride and larger than the image among them."""
+    rng = np.random.default_rng(seed)
+    maps = [
+        grid_points(96 // stride, 96 // stride, stride, torch.device("cpu")).double()
+        for stride in (8, 16, 32)
+    ]
+    points = torch.cat(maps)
+    strides = torch.cat(
+        [torch.full_like(one[:, :1], s) for one, s in zip(maps, (8, 16, 32), strict=True)]
+    )
+    corner = rng.uniform(-20, 90, (12, 2))
+    truth = np.concatenate([corner, corner + np.exp(rng.uniform(1, 5, (12, 2)))], 1)
+    target = Target(torch.from_numpy(truth), torch.zeros(12, dtype=torch.int64))
+    boxes = torch.cat([points - 9, points + 11], 1)
+    usable = torch.from_numpy(rng.random(len(points)) < 0.8)
+    found = assign_centers(boxes, points, strides, usable, target, radius=1.5, limits=(20.0, 48.0))
+    bounds = {8: (0.0, 20.0), 16: (20.0, 48.0), 32: (48.0, np.inf)}
+    overlaps = box_iou(torch.from_numpy(truth), boxes)
+    for place, ((x, y), stride) in enumerate(
+        zip(points.tolist(), strides[:, 0].tolist(), strict=True)
+    ):
+        takers = []
+        for number, (x0, y0, x1, y1) in enumerate(truth.tolist()):
+            far = (x - x0, y - y0, x1 - x, y1 - y)
+            near = max(abs(x - (x0 + x1) / 2), abs(y - (y0 + y1) / 2)) < 1.5 * stride
+            low, high = bounds[stride]
+            if usable[place] and min(far) > 0 and near and low <= max(far) <= high:
+                takers.append(((x1 - x0) * (y1 - y0), number))
+        owner = min(takers)[1] if takers else -1
+        assert found.owner[place] == owner
+        quality = overlaps[owner, place] if takers else 0.0
+        assert found.quality[place] == pytest.approx(float(quality))
+    assert (found.owner >= 0).sum() > 5
+
+
+def test_centers_without_objects() -> None:
+    scores, boxes, points = predictions(0)
+    empty = Target(torch.zeros(0, 4, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
+    found = assign_centers(
+        boxes,
+        points,
+        torch.full_like(points[:, :1], 8),
+        scores[:, 0] >= 0,
+        empty,
+        radius=1.5,
+        limits=(),
+    )
+    assert (found.owner == -1).all()
+    assert (found.quality == 0).all()

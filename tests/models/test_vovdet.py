@@ -240,14 +240,14 @@ def test_losses_are_least_where_one_location_alone_has_the_object() -> None:
     found = best_candidates(raw, sizes, config, count=5, min_score=0.5)
     assert found["valid"].tolist() == [[True] + [False] * 4]
     np.testing.assert_allclose(found["boxes"][0, 0].numpy(), [24, 16, 72, 48], atol=1e-3)
-    losses = head_losses(raw, [target], sizes, config, locations=1)
+    losses = head_losses(raw, [target], sizes, config, one_to_one=True)
     assert losses["loss_cls"] < 1e-3
     assert losses["loss_box"] < 1e-3
     # Of two bins with equal shares nothing less than their entropy can be had.
     entropy = config.distribution_weight * np.log(2)
     assert losses["loss_distribution"].item() == pytest.approx(entropy, rel=1e-3)
     logits[0, location + 1, 1] = 8.0  # a second location for the same object
-    assert head_losses(raw, [target], sizes, config, locations=1)["loss_cls"] > 5
+    assert head_losses(raw, [target], sizes, config, one_to_one=True)["loss_cls"] > 5
 
 
 @pytest.fixture(scope="module", params=["vovdet", "vovdet_seg"])
@@ -294,8 +294,9 @@ def test_one_head_learns_from_one_location_the_other_from_many() -> None:
         raw = made(torch.randn(1, 3, 128, 128))
         pyramid = [raw["p3"], raw["p4"], raw["p5"]]
         losses = made.loss(raw, targets, sizes)
-        one = head_losses(raw, targets, sizes, made.config, locations=1)
-        many = head_losses(raw | made.many_head(pyramid), targets, sizes, made.config, locations=10)
+        one = head_losses(raw, targets, sizes, made.config, one_to_one=True)
+        many_raw = raw | made.many_head(pyramid)
+        many = head_losses(many_raw, targets, sizes, made.config, one_to_one=False)
     assert losses == many | {f"loss_one_{name[5:]}": value for name, value in one.items()}
 
 

@@ -1,16 +1,18 @@
-"""Task-aligned assignment (Feng et al. 2021, TOOD): each object takes the locations that predict it
-best, in class and box together.
+"""Which locations have to predict which object: those about its centre (Tian et al. 2019, FCOS), or
+those that predict it best, in class and box together (Feng et al. 2021, TOOD).
 
 Shapes: A locations of one image, C classes, N objects, k locations of an object.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from vovnet.models.boxes import Target
+from vovnet.models.boxes import Target, smallest_centered
 
 _CHUNK = 64  # objects looked at together: A x 64 overlaps are in memory, never A x N
 
@@ -30,6 +32,50 @@ class _Picks:
     location: Tensor
     metric: Tensor  # below 0: no candidate
     iou: Tensor
+
+
+@torch.no_grad()
+def assign_centers(
+    boxes_xyxy: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    usable: Tensor,
+    target: Target,
+    *,
+    radius: float,
+    limits: Sequence[float],
+) -> Alignment:
+    """Matches locations (A,) with predicted boxes (A, 4) to the objects of one image, whatever they
+    predict.
+
+    A usable location belongs to the smallest object that it lies inside, less than radius strides
+    (A, 1) from the centre, and whose farthest side fits the level: limits, in pixels, part the
+    levels. The quality is the IoU of its box.
+    """
+    least, most = torch.zeros_like(strides), torch.full_like(strides, torch.inf)
+    levels = strides.unique()  # ascending
+    for stride, (low, high) in zip(levels, pairwise((0.0, *limits, torch.inf)), strict=True):
+        least, most = (
+            bound.masked_fill(strides == stride, value)
+            for bound, value in ((least, low), (most, high))
+        )
+    truth = target.boxes_xyxy
+    owner = smallest_centered(points, truth, reach=radius * strides, least=least, most=most)
+    owner = owner.where(usable, -1)
+    quality = torch.zeros_like(boxes_xyxy[:, 0])
+    own = owner >= 0
+    mine, yours = boxes_xyxy[own], truth[owner[own]].to(boxes_xyxy)
+    quality[own] = _iou_of_pairs(mine, yours)
+    return Alignment(owner, quality)
+
+
+def _iou_of_pairs(one_xyxy: Tensor, two_xyxy: Tensor) -> Tensor:
+    """(N,) of boxes (N, 4) and boxes (N, 4)."""
+    low = torch.maximum(one_xyxy[:, :2], two_xyxy[:, :2])
+    high = torch.minimum(one_xyxy[:, 2:], two_xyxy[:, 2:])
+    shared = (high - low).clamp(min=0).prod(1)
+    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (one_xyxy, two_xyxy)]
+    return (shared / (areas[0] + areas[1] - shared)).nan_to_num()
 
 
 @torch.no_grad()
@@ -104,6 +150,30 @@ def _settle(picks: _Picks, count: int) -> Alignment:
     quality = picks.iou.new_zeros(count)
     quality[picks.location[own]] = scaled[own]
     return Alignment(owner.masked_fill(owner == nobody, -1), quality)
+
+
+def crowded_background(
+    points: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]
+) -> Tensor:
+    """Which background (B, L) lies in a crowd region."""
+    return torch.stack(
+        [
+            (one.owner < 0) & in_regions(points, target.ignore_xyxy.to(points))
+            for one, target in zip(aligned, targets, strict=True)
+        ]
+    )
+
+
+def wanted_scores(
+    logits: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]
+) -> Tensor:
+    """The quality (B, L, C) at each location's class, 0 elsewhere."""
+    wanted = torch.zeros_like(logits)
+    for scores, one, target in zip(wanted, aligned, targets, strict=True):
+        location = torch.nonzero(one.owner >= 0)[:, 0]
+        labels = target.labels[one.owner[location]]
+        scores[location, labels] = one.quality[location].to(scores.dtype)
+    return wanted
 
 
 def in_regions(points: Tensor, regions_xyxy: Tensor) -> Tensor:

@@ -130,6 +130,36 @@ def match_boxes(
     return best, matched, closest
 
 
+def smallest_centered(
+    points: Tensor,
+    boxes_xyxy: Tensor,
+    *,
+    reach: float | Tensor,
+    least: float | Tensor,
+    most: float | Tensor,
+) -> Tensor:
+    """Of each point (P, 2) the smallest box that it lies strictly inside, less than reach from the
+    centre in x and y, and whose farthest side is least to most away (Tian et al. 2019, FCOS): index
+    (P,), -1 where there is none. reach, least, most in pixels, a number or (P, 1).
+    """
+    if len(boxes_xyxy) == 0:
+        return torch.full_like(points[:, 0], -1, dtype=torch.int64)
+    x0, y0, x1, y1 = boxes_xyxy.unbind(1)  # (N,)
+    x, y = points.to(boxes_xyxy.dtype)[:, :, None].unbind(1)  # (P, 1)
+    center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
+    inside = (
+        (x > torch.maximum(center_x - reach, x0))
+        & (x < torch.minimum(center_x + reach, x1))
+        & (y > torch.maximum(center_y - reach, y0))
+        & (y < torch.minimum(center_y + reach, y1))
+    )
+    longest = torch.stack([x - x0, y - y0, x1 - x, y1 - y], dim=2).amax(2)  # (P, N)
+    fits = inside & (longest >= least) & (longest <= most)
+    areas = ((x1 - x0) * (y1 - y0)).expand_as(fits).masked_fill(~fits, torch.inf)
+    smallest, chosen = areas.min(1)
+    return chosen.where(smallest.isfinite(), -1)
+
+
 def covered_fraction(boxes_xyxy: Tensor, regions_xyxy: Tensor) -> Tensor:
     """(N,) in 0..1: the largest part of each box's area that one of M regions covers."""
     if len(regions_xyxy) == 0:

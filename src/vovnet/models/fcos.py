@@ -21,6 +21,7 @@ from vovnet.models.boxes import (
     distances_to_boxes,
     grid_points,
     pad_rows,
+    smallest_centered,
 )
 from vovnet.models.layers import at_least_float32
 from vovnet.models.losses import centerness_target, giou_loss_ltrb
@@ -205,24 +206,15 @@ def assign_points(
 def _assign_level(
     location: Tensor, stride: int, limits: tuple[float, float], target: Target, config: FCOSConfig
 ) -> tuple[Tensor, Tensor]:
-    x0, y0, x1, y1 = target.boxes_xyxy.unbind(1)  # (N,)
-    x, y = location.to(target.boxes_xyxy.dtype)[:, :, None].unbind(1)  # (P, 1)
-    distances = torch.stack([x - x0, y - y0, x1 - x, y1 - y], dim=2)  # (P, N, 4)
-    radius = config.center_radius * stride
-    center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
-    inside = (
-        (x > torch.maximum(center_x - radius, x0))
-        & (x < torch.minimum(center_x + radius, x1))
-        & (y > torch.maximum(center_y - radius, y0))
-        & (y < torch.minimum(center_y + radius, y1))
+    boxes = target.boxes_xyxy
+    owner = smallest_centered(
+        location, boxes, reach=config.center_radius * stride, least=limits[0], most=limits[1]
     )
-    longest = distances.amax(2)
-    fits = inside & (longest >= limits[0]) & (longest <= limits[1])
-    areas = ((x1 - x0) * (y1 - y0)).expand_as(fits).masked_fill(~fits, torch.inf)
-    smallest, chosen = areas.min(1)
-    labels = torch.where(smallest.isinf(), config.num_classes, target.labels[chosen])
-    rows = torch.arange(len(location), device=location.device)
-    return labels, distances[rows, chosen] / stride
+    own = owner.clamp(min=0)
+    labels = torch.where(owner < 0, config.num_classes, target.labels[own])
+    points = location.to(boxes.dtype)
+    distances = torch.cat([points - boxes[own, :2], boxes[own, 2:] - points], dim=1)
+    return labels, distances / stride
 
 
 def _ignore_crowds(labels: Tensor, location: Tensor, target: Target, background: int) -> Tensor:

@@ -1,10 +1,11 @@
 """VovDet: a real-time, anchor-free detector and instance segmenter of our own.
 
-A decoupled head gives each object many locations, matched by task alignment (Feng et al. 2021,
-TOOD), with distributions of the four distances (Li et al. 2020, GFL). Boxes are suppressed, or the
-best of neighbouring locations detects, as CenterNet's peaks do (Zhou et al. 2019). Where one_to_one
-is set, a second head learns a single location for each object beside it and detects (Wang et al.
-2024, YOLOv10). Masks are sums of prototypes (Bolya et al. 2019, YOLACT).
+A decoupled head gives each object the locations about its centre (Tian et al. 2019, FCOS), or those
+that are task-aligned (Feng et al. 2021, TOOD), with distributions of the four distances (Li et al.
+2020, GFL). Boxes are suppressed, or the best of neighbouring locations detects, as CenterNet's
+peaks do (Zhou et al. 2019). Where one_to_one is set, a second head learns a single location for
+each object beside it and detects (Wang et al. 2024, YOLOv10). Masks are sums of prototypes (Bolya
+et al. 2019, YOLACT).
 
 Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, C classes, N bins of a
 distance, P prototypes, M regions, K kept detections.
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
-from vovnet.models.assign import Alignment, assign_aligned, in_regions
+from vovnet.models.assign import (
+    Alignment,
+    assign_aligned,
+    assign_centers,
+    crowded_background,
+    wanted_scores,
+)
 from vovnet.models.boxes import (
     Target,
     class_wise_nms,
@@ -37,6 +44,7 @@ STRIDES = (8, 16, 32)
 LEVELS = ("p3", "p4", "p5")
 # What is kept: what no better box of its class overlaps, the best of neighbours on a map, all.
 Suppression = Literal["nms", "peaks", "none"]
+Assignment = Literal["centers", "aligned"]
 PEAK_WINDOW = 5  # locations
 _UNLIKELY = -1e4  # a logit whose probability is exactly 0
 _TINY_BOX = (0.0, 0.0, 1.0, 1.0)
@@ -58,9 +66,13 @@ class VovDetConfig:
     box_bins: int = 16
     one_to_one: bool = False  # a second head, which learns one location for each object, detects
     suppression: Suppression = "nms"  # with one head, "none" leaves each object many detections
+    # An object's locations: those about its centre, or those that predict it best.
+    assignment: Assignment = "centers"
+    center_radius: float = 1.5  # in strides
+    level_limits: tuple[int, int] = (64, 128)  # pixels, between the three levels
     alignment_alpha: float = 0.5  # power of the score
     alignment_beta: float = 6.0  # power of the IoU
-    locations_per_object: int = 10  # of the one-to-many head
+    locations_per_object: int = 10  # where they are aligned
     focal_gamma: float = 2.0
     cls_weight: float = 1.0  # of the losses
     box_weight: float = 5.0
@@ -180,14 +192,14 @@ class VovDet(nn.Module):
         the same as loss_one_... of the other where there is one; locations beyond sizes (B, 2),
         height and width, take no part.
         """
-        config, many_locations = self.config, self.config.locations_per_object
+        config = self.config
         if self.one_head is None:
-            return head_losses(raw, targets, sizes, config, locations=many_locations)
+            return head_losses(raw, targets, sizes, config, one_to_one=False)
         shared = {name: raw[name] for name in ("prototypes", *LEVELS) if name in raw}
         many = self.many_head([raw[level] for level in LEVELS])
-        losses = head_losses(many | shared, targets, sizes, config, locations=many_locations)
+        losses = head_losses(many | shared, targets, sizes, config, one_to_one=False)
         own = {name: value.detach() for name, value in shared.items()}
-        single = head_losses(raw | own, targets, sizes, config, locations=1)
+        single = head_losses(raw | own, targets, sizes, config, one_to_one=True)
         return losses | {f"loss_one_{name[5:]}": value for name, value in single.items()}
 
     def detect(self, raw: dict[str, Tensor], sizes: Tensor) -> dict[str, Tensor]:
@@ -243,25 +255,28 @@ def head_losses(
     sizes: Tensor,
     config: VovDetConfig,
     *,
-    locations: int,
+    one_to_one: bool,
 ) -> dict[str, Tensor]:
     """The weighted losses of one head, each a sum over the batch divided by the sum of qualities.
 
-    An object has at most `locations` of its own. Background in a crowd region teaches nothing.
+    With one_to_one an object has one location, which is aligned. Background in a crowd region
+    teaches nothing.
     """
     where = locate(raw)
     logits, distributions = raw["logits"], raw["distributions"]
     boxes = decode_distributions(distributions, where.points, where.strides)  # (B, L, 4)
     usable = _inside(where.points, sizes)
-    scores = logits.detach().sigmoid()
+    scores, found = logits.detach().sigmoid(), boxes.detach()
     aligned = [
-        assign_aligned(
-            scores[image],
-            boxes[image].detach(),
-            where.points,
-            usable[image],
-            target,
-            count=locations,
+        assign_centers(
+            *(found[image], where.points, where.strides, usable[image], target),
+            radius=config.center_radius,
+            limits=config.level_limits,
+        )
+        if config.assignment == "centers" and not one_to_one
+        else assign_aligned(
+            *(scores[image], found[image], where.points, usable[image], target),
+            count=1 if one_to_one else config.locations_per_object,
             alpha=config.alignment_alpha,
             beta=config.alignment_beta,
             least_side=STRIDES[0],
@@ -270,8 +285,8 @@ def head_losses(
     ]
     quality = torch.stack([one.quality for one in aligned])  # (B, L)
     total = quality.sum().clamp(min=1)
-    counted = usable & ~_crowded(where.points, aligned, targets)
-    wanted = _wanted_scores(logits, aligned, targets)
+    counted = usable & ~crowded_background(where.points, aligned, targets)
+    wanted = wanted_scores(logits, aligned, targets)
     focal = quality_focal_loss(logits, wanted, gamma=config.focal_gamma).sum(2)
     positive = torch.stack([one.owner >= 0 for one in aligned])
     box, distribution = _box_losses(raw, boxes, positive, aligned, targets, where)
@@ -284,28 +299,6 @@ def head_losses(
     if isinstance(config, VovDetSegConfig):
         losses["loss_mask"] = config.mask_weight * _mask_loss(raw, aligned, targets, config)
     return losses
-
-
-def _crowded(points: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]) -> Tensor:
-    """Which background (B, L) lies in a crowd region."""
-    return torch.stack(
-        [
-            (one.owner < 0) & in_regions(points, target.ignore_xyxy.to(points))
-            for one, target in zip(aligned, targets, strict=True)
-        ]
-    )
-
-
-def _wanted_scores(
-    logits: Tensor, aligned: Sequence[Alignment], targets: Sequence[Target]
-) -> Tensor:
-    """The quality (B, L, C) at each location's class, 0 elsewhere."""
-    wanted = torch.zeros_like(logits)
-    for scores, one, target in zip(wanted, aligned, targets, strict=True):
-        location = torch.nonzero(one.owner >= 0)[:, 0]
-        labels = target.labels[one.owner[location]]
-        scores[location, labels] = one.quality[location].to(scores.dtype)
-    return wanted
 
 
 def _box_losses(
