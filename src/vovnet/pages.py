@@ -2,7 +2,6 @@
 one kind put together.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vovnet.errors import ImageError
+from vovnet.hardware import available_cores
 from vovnet.images import count_pages
 
 Page = tuple[Path, int]  # of a file, counted from 0
@@ -31,7 +31,7 @@ def read_ahead(
     `read` runs in threads. Of a file that it raises ImageError on, on_error is told once.
     """
     failed: Path | None = None
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, ahead, _MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(min(available_cores(), ahead, _MAX_THREADS)) as pool:
         try:
             for page, waiting in _submitted(pool, read, paths, ahead):
                 try:

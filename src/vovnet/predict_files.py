@@ -86,7 +86,7 @@ def predict_files(
         image = read_image(path, page=page)
         return _Picture(image, predictor.preprocess.resize(image) if whole else image)
 
-    pages = read_ahead(paths, read, ahead=batch_size + 1, on_error=fail)
+    pages = read_ahead(paths, read, ahead=batch_size + predictor.engine.parallel, on_error=fail)
     found_in = (
         _predict_whole(predictor, pages, batch_size)
         if whole
@@ -99,17 +99,20 @@ def predict_files(
     drawing = ThreadPoolExecutor(1)
     try:
         for (path, page), image, found in found_in:
-            report.images += 1
-            report.objects += len(found)
-            entry = {"image_id": report.images, "file": str(path), "page": page}
-            masks = found.segmentations()
-            lines.append(json.dumps(entry | found.to_json(masks)))
-            coco += found.to_coco(report.images, predictor.category_ids, masks)
             if drawn is not None:
                 drawn.result()
             if save_pictures:
                 picture = _free_name(output_dir, path, page, taken)
                 drawn = drawing.submit(save_picture, picture, image, found)
+            entry = {"image_id": report.images + 1, "file": str(path), "page": page}
+            masks = found.segmentations()
+            line = json.dumps(entry | found.to_json(masks))
+            rows = found.to_coco(report.images + 1, predictor.category_ids, masks)
+            # Last and together, so that an interrupt leaves no line without its picture.
+            report.images += 1
+            report.objects += len(found)
+            lines.append(line)
+            coco += rows
             on_image(path, found)
         if drawn is not None:
             drawn.result()

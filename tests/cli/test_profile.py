@@ -297,3 +297,20 @@ def test_a_recorded_accuracy_is_a_share(
     config = load_config(model_folder).model_copy(update={"metrics": {"val": {"mask": figures}}})
     found = recorded_accuracy(config)
     assert (found and found.value) == value
+
+
+def test_a_broken_onnx_file_costs_no_other_model(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"hello")
+    assert run(monkeypatch, broken, model_folder, *BARE, "--cold-starts", 0) == 0
+    out, err = capsys.readouterr()
+    assert "GMACs" in out
+    assert "broken.onnx: expected " in err
+    assert run(monkeypatch, broken, *BARE, "--cold-starts", 0) == 2
+    assert "broken.onnx: expected " in capsys.readouterr().err

@@ -162,7 +162,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Images in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the square crops to train on.")
+        int | None, typer.Option(help="Side of the square crops that a training learns from.")
     ] = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from published ImageNet weights.")
@@ -178,7 +178,7 @@ def train(
         ),
     ] = None,
     backbone_weights: Annotated[
-        str | None, typer.Option(help="FILE with ImageNet weights, or 'hub' (--pretrained).")
+        str | None, typer.Option(help="FILE or folder to start it from, or 'hub' (--pretrained).")
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="Model folder or bundled model to start from.")

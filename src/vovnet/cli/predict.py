@@ -1,7 +1,6 @@
 """`vovnet predict`."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -20,6 +19,7 @@ from vovnet.classify_files import ClassifiedImage, classify_files
 from vovnet.cli.engines import print_engine
 from vovnet.errors import ConfigError
 from vovnet.files import new_run_dir
+from vovnet.hardware import available_cores
 from vovnet.images import find_images, printable
 from vovnet.model_folder import name_of, resolve_model
 from vovnet.predict import Predictor
@@ -170,7 +170,7 @@ def detect(
 
 def _mode(files: int, threads: int | None, *, whole: bool) -> str:
     """Several pictures at a time where there are enough to keep every core busy to the end."""
-    return "throughput" if whole and files >= 4 * (threads or os.cpu_count() or 1) else "latency"
+    return "throughput" if whole and files >= 4 * (threads or available_cores()) else "latency"
 
 
 def classify(

@@ -86,6 +86,7 @@ def val_classes(
         _print_classes(metrics.per_class, console)
     if output is not None:  # last, so that a full disk does not cost the figures
         _write(output, data, logits, metrics, report)
+        print(f"vovnet: written to {output}", file=sys.stderr)
     return 0
 
 

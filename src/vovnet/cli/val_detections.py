@@ -1,6 +1,7 @@
 """`vovnet val` of detectors and segmenters."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +91,7 @@ def val_detections(
     if options.html is not None:  # last, so that a full disk does not cost the figures
         shown = metrics if isinstance(metrics, Metrics) else coco()
         _write_page(options.html, model, f"{data_dir} ({split})", data, predictions, shown)
+        print(f"vovnet: page: {options.html}", file=sys.stderr)
     return 0
 
 

@@ -89,7 +89,7 @@ def recognise(data_dir: Path, format: str = AUTO) -> str:
         raise DataError(f"{data_dir}: expected one format, found {titles}; choose by {options}")
     raise DataError(
         f"{data_dir}: expected one of {layouts}; found none of them. A folder of pictures for each "
-        "class is for a classifier: --task classify"
+        "class is for a classifier: vovnet train --task classify, which checks it"
     )
 
 

@@ -359,7 +359,10 @@ def _check_folder(folder: Path, name: str) -> ModelConfig:
     found = config.architecture
     plain = name.replace("_dcn", "")  # a deformable network starts from the plain one's
     if not any(found == one or found.endswith(f"_{one}") for one in (name, plain)):
-        raise ConfigError(f"{folder}: expected the weights of {name}, found those of {found}")
+        raise ConfigError(
+            f"{folder}: expected the weights of {name}, found those of {found}: take a model on "
+            "that backbone, or other weights"
+        )
     return config
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vovnet.classify import Classifier
-from vovnet.errors import ConfigError
+from vovnet.errors import ConfigError, DataError
 from vovnet.files import cache_folder
 from vovnet.images import read_image
 from vovnet.predict import Predictor
@@ -309,7 +309,7 @@ def _point_result(
     error = errors.get(name)
     try:
         counts = image_counts(target, point)
-    except (ConfigError, ImportError, RuntimeError) as failure:
+    except (ConfigError, DataError, ImportError, RuntimeError) as failure:
         uncounted = f"not counted: {explain(failure, name)}"
         error = f"{uncounted}; {error}" if error else uncounted
     if network is None or name not in comparison.times_s:

@@ -358,7 +358,13 @@ def _open_onnx(target: Target, point: Point) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = point.threads or 0
     providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(str(target.path), options, providers=providers)
+    try:
+        session = onnxruntime.InferenceSession(str(target.path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own, which have no common base
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{target.name}: expected a network that onnxruntime reads: {reason}"
+        ) from None
     given = session.get_inputs()
     if len(given) != 1 or given[0].type not in ("tensor(float)", "tensor(uint8)"):
         found = ", ".join(f"{one.name} {one.type}" for one in given)

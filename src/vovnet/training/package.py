@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vovnet.model_folder import name_of
 from vovnet.training.checkpoint import Position, library_version
 from vovnet.training.config import TrainConfig
 
@@ -26,7 +27,7 @@ def provenance(config: TrainConfig, *, position: Position, device: torch.device)
     settings = config.model_dump(mode="json", exclude={"data", "runs_dir", "name"})
     for name in _PATHS:
         if settings[name] is not None:
-            settings[name] = Path(settings[name]).name
+            settings[name] = name_of(Path(settings[name]))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "config": settings,

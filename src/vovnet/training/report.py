@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Point = tuple[int, float]
 
 _OF_STEPS = ("losses", "learning rate")
+_FEW_POINTS = 20
 
 _CURVES: dict[str, dict[str, tuple[str, ...]]] = {
     "validation": {
@@ -187,11 +188,11 @@ def draw_curves(path: Path, records: Sequence[Record]) -> None:
     every_axes = figure.subplots(1, len(drawings))
     for axes, (title, curves) in zip(every_axes, drawings.items(), strict=True):
         for name, points in curves.items():
-            marker = None if title in _OF_STEPS else "."
+            marker = "." if len(points) <= _FEW_POINTS or title not in _OF_STEPS else None
             axes.plot(*zip(*points, strict=True), marker=marker, label=name)
         axes.set(title=title, xlabel="step")
         axes.ticklabel_format(axis="y", scilimits=(-2, 4))
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=6, integer=True)
         axes.grid(alpha=0.3)
         if curves and title in ("losses", "validation"):
             axes.legend(fontsize="small")
