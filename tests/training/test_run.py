@@ -133,7 +133,9 @@ def test_a_run_leaves_all_that_it_should(finished):
     assert records[-1]["metrics"]["max_detections"] == 20
     with Image.open(finished.run_dir / "curves.png") as image:
         assert image.format == "PNG"
-    assert "at most 20 detections" in (finished.model_dir / "README.md").read_text()
+    card = (finished.model_dir / "README.md").read_text()
+    assert "at most 20 detections" in card
+    assert "Trained from random weights on " in card
 
 
 def test_the_model_folder_predicts(finished):

@@ -188,13 +188,16 @@ def load_splits(
 def model_card(config: ModelConfig, metrics: Metrics) -> str:
     """README.md of the model folder."""
     split = next(iter(config.metrics))
+    settings = config.training["config"]
+    start = settings["init"] or settings["backbone_weights"]
+    weights = f"the weights of `{start}`" if start else "random weights"
     return f"""# {config.architecture}
 
 A model of the vovnet library ({config.task}), licence: {config.licence}.
 
 Classes: {", ".join(config.class_names)}
 
-Trained on `{config.training["data"]}` for {config.training["minutes"]} minutes
+Trained from {weights} on `{config.training["data"]}` for {config.training["minutes"]} minutes
 ({config.training["steps"]} steps) on {config.training["hardware"]},
 with vovnet {config.training["library"]}; the weights are the averaged ones of step
 {config.training["best_step"]}, the best on the split `{split}`, on which this was measured:
