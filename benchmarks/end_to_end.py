@@ -2,7 +2,7 @@
 and to others.
 
     python benchmarks/end_to_end.py --model FILE --pictures DIR [--count 24] [--rounds 5]
-        [--peers-python PYTHON] [--threads N] [--json FILE]
+        [--peers-python PYTHON] [--own-alone] [--threads N] [--json FILE]
 
 FILE is an export of the bundled CenterMask-Lite or one like it (`vovnet export nuclei --format
 openvino --precision int8 --data DIR`), DIR a folder of photographs, which are enlarged to two
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers-python", type=Path)
+    parser.add_argument("--own-alone", action="store_true", help="no eager torch, no Mask R-CNN")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -207,9 +208,10 @@ def main() -> None:
             "pipeline, batches of 4": pipeline_run(single, paths, work, 4),
             "decode": decode_run(preprocess, paths, given.threads),
             "network": network_run(several, paths),
-            "eager": eager_run(given.weights, single, paths),
-            "Mask R-CNN": mask_rcnn_run(paths, detections),
         }
+        if not given.own_alone:
+            runs["eager"] = eager_run(given.weights, single, paths)
+            runs["Mask R-CNN"] = mask_rcnn_run(paths, detections)
         if given.peers_python:
             server = YoloServer(given.peers_python, work / "pictures", work, given.threads)
             runs[YOLO] = server.run

@@ -99,7 +99,7 @@ def test_the_backbone_of_a_detector_starts_a_training(
     training = TrainConfig(
         model="fcos_lite_ese_vovnet19_slim_d2", data="data", backbone_weights=str(folder)
     )
-    detector = build_model(training, ("cat", "dog"))
+    detector = build_model(training, ("cat", "dog"), notes=[])
     assert backbone.pretrained_cfg["std"] == (1 / 255, 1 / 255, 1 / 255)
     assert backbone.pretrained_cfg["license"].startswith("CC-BY-NC-4.0")
     weight = backbone.stem[0].conv.weight

@@ -201,7 +201,7 @@ def test_an_onnx_file_is_counted_and_says_that_it_is_not_timed(
     assert result["timings"] is None
     assert "install onnxruntime" in result["error"]
     path.write_bytes(b"no model")
-    assert run(monkeypatch, path, *BARE) == 3
+    assert run(monkeypatch, path, *BARE) == 2
     assert "conv.onnx" in capsys.readouterr().err
 
 
