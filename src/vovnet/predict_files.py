@@ -99,20 +99,17 @@ def predict_files(
     drawing = ThreadPoolExecutor(1)
     try:
         for (path, page), image, found in found_in:
-            if drawn is not None:
+            if drawn is not None:  # first, so that an interrupt parts no line from its picture
                 drawn.result()
+            report.images += 1
+            report.objects += len(found)
+            entry = {"image_id": report.images, "file": str(path), "page": page}
+            masks = found.segmentations()
+            lines.append(json.dumps(entry | found.to_json(masks)))
+            coco += found.to_coco(report.images, predictor.category_ids, masks)
             if save_pictures:
                 picture = _free_name(output_dir, path, page, taken)
                 drawn = drawing.submit(save_picture, picture, image, found)
-            entry = {"image_id": report.images + 1, "file": str(path), "page": page}
-            masks = found.segmentations()
-            line = json.dumps(entry | found.to_json(masks))
-            rows = found.to_coco(report.images + 1, predictor.category_ids, masks)
-            # Last and together, so that an interrupt leaves no line without its picture.
-            report.images += 1
-            report.objects += len(found)
-            lines.append(line)
-            coco += rows
             on_image(path, found)
         if drawn is not None:
             drawn.result()
