@@ -116,10 +116,7 @@ def profile(
     if card or baseline is not None:
         _require_all(measured)
     if card:
-        for target in targets:
-            model = next(one for one in measured.models if one.name == target.name)
-            if target.path is not None:
-                update_card(target.path, cost_block(measured, model))
+        _update_cards(measured, targets)
     rises: list[Rise] = []
     if reference is not None:
         rises = _against_folder(measured, allowed)
@@ -185,6 +182,13 @@ def _require_folders(targets: Sequence[Target], engines: Sequence[str]) -> None:
     for target in targets:
         if target.kind != "folder" or (target.path is not None and target.path.is_file()):
             raise ConfigError(f"update-card: expected a model folder, got {target.name}")
+
+
+def _update_cards(measured: Profile, targets: Sequence[Target]) -> None:
+    for target in targets:
+        model = next(one for one in measured.models if one.name == target.name)
+        if target.path is not None:
+            update_card(target.path, cost_block(measured, model))
 
 
 def _require_all(measured: Profile) -> None:
