@@ -4,13 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import timm
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from vovnet.errors import ConfigError
-from vovnet.preprocess import Preprocess
+from vovnet.preprocess import MAX_RESIZED_PIXELS, Preprocess
 from vovnet.published import PUBLISHED, published_preprocess
 
 sides = st.integers(1, 20_000)
@@ -52,11 +52,18 @@ def test_output_size(
     short_side=st.none() | st.integers(1, 2000),
     limit=st.none() | st.integers(1, 4000),
 )
+@example(height=1, width=388, short_side=1664, limit=None)
 @settings(deadline=None)
 def test_output_size_keeps_to_its_limits_and_to_the_aspect(
     height: int, width: int, short_side: int | None, limit: int | None
 ) -> None:
     preprocess = Preprocess(short_side=short_side, max_long_side=limit)
+    enlarged = 0.0 if short_side is None else short_side**2 * max(height, width) / min(height, width)
+    if limit is None and enlarged > 1.01 * MAX_RESIZED_PIXELS:
+        with pytest.raises(ConfigError, match="pixels after the resize"):
+            preprocess.output_size(height, width)
+        return
+    assume(limit is not None or enlarged < 0.99 * MAX_RESIZED_PIXELS)  # rounding decides between
     new_height, new_width = preprocess.output_size(height, width)
     assert min(new_height, new_width) >= 1
     assert limit is None or max(new_height, new_width) <= limit
