@@ -58,7 +58,8 @@ def test_output_size_keeps_to_its_limits_and_to_the_aspect(
     height: int, width: int, short_side: int | None, limit: int | None
 ) -> None:
     preprocess = Preprocess(short_side=short_side, max_long_side=limit)
-    enlarged = 0.0 if short_side is None else short_side**2 * max(height, width) / min(height, width)
+    aspect = max(height, width) / min(height, width)
+    enlarged = (short_side or 0) ** 2 * aspect  # pixels
     if limit is None and enlarged > 1.01 * MAX_RESIZED_PIXELS:
         with pytest.raises(ConfigError, match="pixels after the resize"):
             preprocess.output_size(height, width)
