@@ -11,7 +11,7 @@ from vovnet.models.boxes import Target
 from vovnet.models.deploy import DeployGraph, fold_batch_norms
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
 from vovnet.models.pan import OsaPan
-from vovnet.models.prototypes import combine_prototypes, grow_boxes
+from vovnet.models.prototypes import cut_masks, grow_boxes
 from vovnet.models.roi import BitmapMasks
 from vovnet.models.vovdet import (
     VovDetConfig,
@@ -127,10 +127,10 @@ def test_masks_summed_before_or_after_the_cut_are_the_same() -> None:
     torch.manual_seed(0)
     prototypes, weights = torch.rand(2, 4, 20, 30), torch.randn(3, 4)
     rois = torch.tensor([[0, 3.0, 5, 70, 60], [1, 0, 0, 119, 79], [1, 50, 50, 51, 90]])
-    whole = torch.einsum("mp,mphw->mhw", weights, prototypes[rois[:, 0].long()])
-    own = torch.cat([torch.arange(3.0)[:, None], rois[:, 1:]], 1)
-    expected = roi_align(whole[:, None], own, 28, 0.25, sampling_ratio=0, aligned=True)[:, 0]
-    torch.testing.assert_close(combine_prototypes(prototypes, rois, weights), expected)
+    parts = roi_align(prototypes, rois, 28, 0.25, sampling_ratio=0, aligned=True)
+    expected = torch.einsum("mp,mphw->mhw", weights, parts)
+    maps = torch.einsum("mp,mphw->mhw", weights, prototypes[rois[:, 0].long()])
+    torch.testing.assert_close(cut_masks(maps, rois[:, 1:]), expected, atol=1e-5, rtol=1e-5)
     grown = grow_boxes(torch.tensor([[10.0, 20, 30, 60]]))
     assert grown.tolist() == [[8.0, 16.0, 32.0, 64.0]]
 

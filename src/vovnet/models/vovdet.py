@@ -38,7 +38,7 @@ from vovnet.models.boxes import (
 )
 from vovnet.models.layers import ConvKind, flatten_anchors, init_weights, make_conv3x3
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
-from vovnet.models.prototypes import MASK_SIZE, combine_prototypes, grow_boxes
+from vovnet.models.prototypes import MASK_SIZE, cut_masks, grow_boxes
 
 STRIDES = (8, 16, 32)
 LEVELS = ("p3", "p4", "p5")
@@ -327,20 +327,21 @@ def _mask_loss(
     config: VovDetSegConfig,
 ) -> Tensor:
     """The mean mask loss of locations drawn from each image's positives."""
-    coefficients, rois, truth = [], [], []
+    maps, regions, truth = [], [], []
     for image, (one, target) in enumerate(zip(aligned, targets, strict=True)):
         located = torch.nonzero(one.owner >= 0)[:, 0]
         drawn = located[torch.randperm(len(located))[: config.mask_samples].to(located.device)]
-        coefficients.append(raw["coefficients"][image, drawn])
-        regions = grow_boxes(target.boxes_xyxy[one.owner[drawn]].to(coefficients[-1].dtype))
-        rois.append(functional.pad(regions, (1, 0), value=image))
+        prototypes = raw["prototypes"][image]
+        summed = raw["coefficients"][image, drawn] @ prototypes.flatten(1)
+        maps.append(summed.unflatten(1, prototypes.shape[1:]))
+        regions.append(grow_boxes(target.boxes_xyxy[one.owner[drawn]].to(prototypes.dtype)))
         if len(drawn):
             if target.masks is None:
                 raise ValueError(
                     "VovDet's mask loss: expected masks in every target, got a target without"
                 )
-            truth.append(target.masks.rasterize(regions, one.owner[drawn], MASK_SIZE))
-    logits = combine_prototypes(raw["prototypes"], torch.cat(rois), torch.cat(coefficients))
+            truth.append(target.masks.rasterize(regions[-1], one.owner[drawn], MASK_SIZE))
+    logits = cut_masks(torch.cat(maps), torch.cat(regions))
     if not truth:
         return logits.sum()  # of nothing; keeps every parameter in the graph
     return mask_loss(logits, torch.cat(truth).to(logits.dtype)).mean()
@@ -431,11 +432,10 @@ def finish_detections(raw: dict[str, Tensor], found: dict[str, Tensor]) -> dict[
     valid, boxes = found["valid"], found["boxes"]
     tiny = boxes.new_tensor(_TINY_BOX)  # not every engine can pool a box without area
     boxes = torch.where(valid[:, :, None], boxes, tiny).to(raw["prototypes"].dtype)
-    images = torch.arange(boxes.shape[0], device=boxes.device)[:, None, None]
-    rois = torch.cat([images.expand(-1, boxes.shape[1], -1).to(boxes.dtype), boxes], dim=2)
     rows = location[:, :, None].expand(-1, -1, raw["coefficients"].shape[2])
-    coefficients = raw["coefficients"].gather(1, rows).flatten(0, 1)
-    logits = combine_prototypes(raw["prototypes"], rois.flatten(0, 1), coefficients)
+    coefficients, prototypes = raw["coefficients"].gather(1, rows), raw["prototypes"]
+    maps = (coefficients @ prototypes.flatten(2)).unflatten(2, prototypes.shape[2:])
+    logits = cut_masks(maps.flatten(0, 1), boxes.flatten(0, 1))
     probabilities = logits.sigmoid().unflatten(0, (-1, boxes.shape[1]))
     return found | {
         "mask_probs": probabilities * valid[:, :, None, None],
