@@ -245,6 +245,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "images": len(paths),
         "side": arguments.side,
+        "input": resized_size(infos[0], arguments.side),
         "confidence": arguments.confidence,
         "detections": {name: sum(map(one.detect, paths)) for name, one in contestants.items()},
         "end_to_end_images_per_s": time_all(from_files, len(paths), sampling),

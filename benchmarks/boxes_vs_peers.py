@@ -24,6 +24,7 @@ test; SSDLite sees 320 x 320 by design. Usage, in this order:
     DIR/peers-venv/bin/python benchmarks/boxes_vs_peers.py --work-dir DIR export
     DIR/peers-venv/bin/python benchmarks/boxes_vs_peers.py --work-dir DIR speed --models RUN/model
     python benchmarks/boxes_vs_peers.py --work-dir DIR report
+    python benchmarks/boxes_vs_peers.py --work-dir DIR page
 """
 
 import argparse
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from box_page import write_page
 from box_peers import (
     CONFIDENCE,
     MAX_DETECTIONS,
@@ -270,6 +272,11 @@ def spread(rates: list[float]) -> str:
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
+def run_page(arguments: argparse.Namespace) -> None:
+    """Write the page of accuracy against cost, of what has been scored and timed."""
+    write_page(arguments.work_dir, f"{arguments.data.name} test")
+
+
 def run_setup(arguments: argparse.Namespace) -> None:
     """Make the peers' environment: this interpreter's packages, this source, and Ultralytics."""
     make_environment(arguments.work_dir / "peers-venv")
@@ -283,6 +290,7 @@ RUNS = {
     "export": run_export,
     "speed": run_speed,
     "report": run_report,
+    "page": run_page,
 }
 
 

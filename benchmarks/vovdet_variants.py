@@ -16,7 +16,7 @@ from torch.nn import functional
 from vovnet.models import vovdet
 from vovnet.models.boxes import distances_to_boxes
 from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
-from vovnet.models.pan import OsaPan
+from vovnet.models.pan import Pan
 from vovnet.models.vovdet import VovDet, VovDetConfig, VovDetHead
 from vovnet.models.vovnet import VARIANTS as BACKBONES
 from vovnet.models.vovnet import VoVNetFeatures
@@ -32,25 +32,16 @@ def conv_of(config: VovDetConfig) -> ConvKind:
     return "depthwise" if config.depthwise else "plain"
 
 
-def make_pan(in_channels: Sequence[int], config: VovDetConfig) -> OsaPan:
+def make_pan(in_channels: Sequence[int], config: VovDetConfig) -> Pan:
     """The neck as it is."""
-    return OsaPan(
+    return Pan(
         in_channels,
         out_channels=config.neck_channels,
+        block=config.neck_block,
         conv_channels=config.neck_conv_channels,
         layers=config.neck_layers,
         conv=conv_of(config),
     )
-
-
-def make_plain_pan(in_channels: Sequence[int], config: VovDetConfig) -> OsaPan:
-    """The neck with one 3x3 convolution in the place of each OSA block."""
-    neck, width = make_pan(in_channels, config), config.neck_channels
-    for half in (neck.top_down, neck.bottom_up):
-        for level in range(len(half)):
-            half[level] = make_conv3x3(conv_of(config), 2 * width, width, stride=1, norm="bn")
-    neck.apply(init_weights)
-    return neck
 
 
 class Fpn(nn.Module):
@@ -108,7 +99,7 @@ class Variant:
 VOVDET_VARIANTS = {
     BASE: Variant(change="nothing"),
     "fpn": Variant(change="neck: plain FPN, nothing goes up", neck=Fpn),
-    "plain-neck": Variant(change="neck: PAN of single 3x3 convolutions", neck=make_plain_pan),
+    "osa-neck": Variant(change="neck: PAN of OSA blocks", settings={"neck_block": "osa"}),
     "no-dfl": Variant(
         change="boxes: one number a side, GIoU alone",
         settings={"box_bins": 1, "distribution_weight": 0.0},
@@ -125,7 +116,15 @@ VOVDET_VARIANTS = {
         settings={"box_weight": 2.0, "distribution_weight": 0.5},
     ),
     "aligned": Variant(change="assignment: task-aligned", settings={"assignment": "aligned"}),
-    "no-ese": Variant(change="backbone: no attention, as V1", backbone={"attention": "none"}),
+    "ese": Variant(change="backbone: eSE, as V2", backbone={"attention": "ese"}),
+    "slim": Variant(
+        change="backbone: widths of 19-slim-dw",
+        backbone={
+            "stem_channels": (64, 64, 64),
+            "stage_conv_channels": (64, 80, 96, 112),
+            "stage_out_channels": (112, 256, 384, 512),
+        },
+    ),
     "stride-4": Variant(
         change="one more level, of stride 4",
         settings={"level_limits": (32, 64, 128)},

@@ -136,7 +136,8 @@ def test_published_weights_that_cannot_be_had(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"neither cached nor reachable.*--backbone-weights FILE .*model folder"
+        ConfigError,
+        match=r"not cached, and HF_HUB_OFFLINE .*--backbone-weights FILE .*model folder",
     ):
         Classifier.load("ese_vovnet39b.ra_in1k")
 

@@ -15,6 +15,7 @@ from vovnet.files import (
     atomic_write_json,
     atomic_write_text,
     cache_folder,
+    kept_if_filled,
     new_run_dir,
 )
 
@@ -205,3 +206,15 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/me")
     assert cache_folder() == Path("/home/me/.cache/vovnet")
+
+
+def test_a_folder_stays_if_it_is_filled(tmp_path: Path) -> None:
+    with kept_if_filled(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "other").mkdir()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+    with kept_if_filled(tmp_path / "c" / "d"):
+        (tmp_path / "c" / "d" / "file").touch()
+    assert (tmp_path / "c" / "d" / "file").is_file()
+    with kept_if_filled(tmp_path / "a" / "other"):
+        pass
+    assert (tmp_path / "a" / "other").is_dir()  # it was there before

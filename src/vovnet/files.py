@@ -4,8 +4,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -92,6 +92,27 @@ def new_run_dir(root: Path, name: str) -> Path:
             continue
         return candidate
     raise AssertionError("unreachable: the numbers do not end")
+
+
+@contextmanager
+def kept_if_filled(folder: Path) -> Iterator[None]:
+    """Make a folder, with those above it; of these, take away at the end what has stayed empty.
+
+    Folders that were there before stay in any case.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        remove_empty(made)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders in this order, up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def cache_folder() -> Path:

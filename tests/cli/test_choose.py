@@ -57,6 +57,7 @@ def test_bundled_models_that_fit_and_architectures_with_counts(
     code, found = chosen(monkeypatch, capsys, "--max-ms", 50, "--max-joules", 1)
     assert code == 0
     assert [one["name"] for one in found["fits"]] == ["nuclei"]
+    assert found["chosen"] == "nuclei"
     (architecture,) = found["architectures"]
     assert architecture["name"] == "centermask_lite_ese_vovnet19b_slim_dw"
     assert architecture["flops"] == 2 * architecture["macs"] > 0
@@ -69,7 +70,7 @@ def test_what_does_not_fit_says_why_and_nothing_left_is_a_gate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
 ) -> None:
     code, found = chosen(monkeypatch, capsys, model_folder, "--max-ms", 30, "--max-joules", 0.5)
-    assert code == 4
+    assert (code, found["chosen"]) == (4, None)
     reasons = {one["name"]: one["reasons"] for one in found["fell_out"]}
     assert reasons["small"] == ["no recorded accuracy (give --data to measure it)"]
     slow, costly = reasons["nuclei"]
@@ -107,6 +108,20 @@ def test_the_table(
     assert "mask AP 0.500" in next(line for line in lines if line.startswith("nuclei "))
     assert "no recorded accuracy" in next(line for line in lines if line.startswith("small "))
     assert any(line.startswith("centermask_lite_ese_vovnet19b_slim_dw") for line in lines)
+
+
+def test_the_last_line_says_what_to_take(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--max-ms", 50) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("chosen: nuclei (the only one that fits: mask AP 0.500")
+    assert lines[-1].endswith("40.0 ms an image)")
+    assert not any("architectures" in line for line in lines)  # nobody asked for them
+    assert run(monkeypatch, "--max-ms", 30) == 4
+    assert capsys.readouterr().out.splitlines()[-1].startswith("chosen: none (nuclei: too slow by")
+    assert run(monkeypatch, "--task", "detect") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("chosen: none (no model to detect")
 
 
 def test_a_folder_of_another_task_or_that_fails_falls_out(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vovnet import Classifier
 from vovnet.cli import main as command_line
+from vovnet.errors import ConfigError
 from vovnet.export import model as exporting
 from vovnet.exported import ONNX_FILE, OPENVINO_FILE, read_export_info, sha256
 from vovnet.model_folder import CONFIG_FILE, WEIGHTS_FILE, load_config
@@ -107,6 +108,29 @@ def test_a_file_that_differs_is_not_kept(
     assert "not written, for it differs from torch" in err
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert file.read_bytes() == b"what was there before"
+
+
+@pytest.mark.parametrize("options", [(), ("--raw",), ("--output", "new/deep/model.onnx")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(143), ConfigError])
+def test_an_export_that_is_stopped_leaves_nothing(
+    run: Run,
+    classifier_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    error: type[BaseException] | BaseException,
+) -> None:
+    def stop(source: object, path: Path, **settings: object) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "_write", stop)
+    folder = shutil.copytree(classifier_folder, tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, _ = run("export", folder, *options)
+    assert code == (143 if isinstance(error, SystemExit) else 2 if error is ConfigError else 130)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_predict_with_an_exported_file(

@@ -47,6 +47,18 @@ def test_a_name_shows_all_of_it(monkeypatch, capsys) -> None:
     assert "torchrun" not in capsys.readouterr().out
 
 
+def test_what_is_to_be_put_in_is_said_and_nothing_is_empty(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "finetune") == 0
+    text = capsys.readouterr().out
+    assert "command       vovnet train --recipe finetune --data DIR --pretrained\n" in text
+    assert "put in        DIR: your data set\n" in text
+    assert "\n\n\n" not in text
+    assert run(monkeypatch, "centermask_ese_vovnet39_3x") == 0
+    text = capsys.readouterr().out
+    assert "--data DIR --backbone-weights FILE" in text
+    assert "put in        DIR: your data set; FILE: ImageNet weights of its backbone\n" in text
+
+
 def test_json_says_the_same(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "*faster_rcnn*", "--json") == 0
     listed = json.loads(capsys.readouterr().out)["recipes"]

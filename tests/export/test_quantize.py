@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +138,7 @@ def whole(folder: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantizing, "export_model", keep)
+        patch.setattr(quantizing, "TOLD_EVERY_S", float("inf"))
         answer = run("export", copy, *INT8, "--calibration", 6, "--data", data_dir, "--json")
     return Whole(copy, float_file, *answer)
 
@@ -279,6 +281,45 @@ def test_of_a_head_that_every_level_runs_the_largest_error_is_told() -> None:
     errors = {"node_3": 0.3, "node_1": 0.2, "node_2": 0.1}
     names = {"node_1": "stem", "node_2": "head", "node_3": "head"}
     assert quantizing._by_weight(errors, names) == (("head", 0.3), ("stem", 0.2))
+
+
+def test_a_measurement_tells_how_far_it_is(
+    source: Source, data_dir: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total, said = 3 * PER_CLASS, list[str]()
+    engine = Classifier.load(whole.folder, device="cpu", engine="torch").engine
+    for every_s, expected in ((0.0, [f"{total} of {total} pictures"]), (60.0, [])):
+        said.clear()
+        monkeypatch.setattr(quantizing, "TOLD_EVERY_S", every_s)
+        trial = make_trial(source, data_dir, "val", calibration=2, progress=said.append)
+        trial.measure(engine)
+        assert said == expected
+
+
+def test_a_detector_counts_each_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(quantizing, "TOLD_EVERY_S", 0.0)
+    data = SimpleNamespace(images=[0, 1, 2])
+    source = SimpleNamespace(
+        config=SimpleNamespace(
+            class_names=["a"], category_ids=[1], preprocess=Preprocess().to_dict(), task="detect"
+        )
+    )
+    engine = SimpleNamespace(has_masks=False, max_detections=5)
+    monkeypatch.setattr(
+        quantizing, "predict_images", lambda predict, data: ([{}] for _ in range(3))
+    )
+    monkeypatch.setattr(quantizing, "has_masks", lambda data: False)
+    judged: list[object] = []
+
+    def evaluate(data: object, found: list[object], **settings: object) -> SimpleNamespace:
+        judged.extend(found)
+        return SimpleNamespace(main=lambda: 0.5)
+
+    monkeypatch.setattr(quantizing, "evaluate_coco", evaluate)
+    found = quantizing._measure_detections(source, data, said.append, engine)
+    assert (found.value, found.pictures, judged) == (0.5, 3, [{}, {}, {}])
+    assert said == ["1 of 3 pictures", "2 of 3 pictures", "3 of 3 pictures"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConfigError])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save, save_file
 
 from tests.models.golden import BACKBONES, golden_value
@@ -100,6 +101,34 @@ def test_half_a_download_is_no_file_and_the_message_says_where_it_belongs(cache:
     folder = cache / "models--timm--ese_vovnet19b_dw.ra_in1k"
     assert f"copy the folder {folder}" in str(caught.value)
     assert "model.safetensors of hub repository timm/ese_vovnet19b_dw.ra_in1k" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("is_offline", "is_reachable", "status", "reason"),
+    [
+        (True, True, 404, "HF_HUB_OFFLINE keeps it from being fetched"),
+        (False, False, 404, "there is no network: hub.test has no address"),
+        (False, True, 404, "the hub refused it with status 404"),
+        (False, True, None, "fetching it failed (TimeoutError); a later try may do"),
+    ],
+)
+def test_what_keeps_weights_away_is_told_alone(
+    monkeypatch, tmp_path: Path, is_offline, is_reachable, status, reason: str
+) -> None:
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    refused = HfHubHTTPError("no", response=response)  # type: ignore[arg-type]
+
+    def fetch(*arguments: object, **options: object) -> str:
+        raise TimeoutError if status is None else refused
+
+    monkeypatch.setattr(weights, "hf_hub_download", fetch)
+    monkeypatch.setattr(weights, "_hub_is_reachable", lambda: is_reachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.test")
+    with pytest.raises(ConfigError) as caught:
+        fetch_published("ese_vovnet39b")
+    assert f"is not cached, and {reason}; copy the folder" in str(caught.value)
 
 
 def test_published_weights_fit_other_images_and_other_classes(monkeypatch, state) -> None:

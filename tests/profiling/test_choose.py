@@ -1,7 +1,7 @@
 import pytest
 
 from tests.profiling.made_up import energy, timings
-from vovnet.profiling.choose import Candidate, rank
+from vovnet.profiling.choose import Candidate, chosen, rank, verdict
 from vovnet.profiling.records import Accuracy
 
 
@@ -12,8 +12,9 @@ def candidate(
     *,
     joules: float | None = None,
     spread: float = 0.02,
+    data: str = "d val",
 ) -> Candidate:
-    known = None if accuracy is None else Accuracy(value=accuracy, metric="mask AP", data="d val")
+    known = None if accuracy is None else Accuracy(value=accuracy, metric="mask AP", data=data)
     time = None if time_ms is None else timings(time_ms, spread)
     return Candidate(name=name, accuracy=known, time=time, energy=energy(joules))
 
@@ -71,3 +72,27 @@ def test_without_accuracy_or_time_nothing_fits() -> None:
 def test_what_did_not_run_says_why() -> None:
     broken = Candidate(name="a", accuracy=None, time=None, error="its task is detect")
     assert rank([broken], max_ms=1)[0].reasons == ("its task is detect",)
+
+
+def test_the_verdict_names_the_most_accurate_that_fits_and_why() -> None:
+    good, fast, slow = candidate("good", 0.5, 20), candidate("fast", 0.4, 5), candidate("s", 1, 99)
+    choices = rank([slow, fast, good], max_ms=30)
+    assert chosen(choices) == good
+    facts = "mask AP 0.500 on d val, 20.0 ms an image"
+    text = f"chosen: good (the most accurate of 2 that fit: {facts})"
+    assert verdict(choices, "segment") == text
+    assert verdict(rank([good]), "segment") == f"chosen: good (the only one that fits: {facts})"
+    other = candidate("other", 0.6, 10, data="e val")
+    assert "other (the most accurate of 2 that fit, by accuracies of different data" in verdict(
+        rank([good, other]), "segment"
+    )
+
+
+def test_the_verdict_where_nothing_fits_says_why_of_the_nearest() -> None:
+    choices = rank([candidate("slower", 0.6, 40), candidate("slow", 0.5, 20)], max_ms=10)
+    assert chosen(choices) is None
+    assert verdict(choices, "segment").startswith("chosen: none (slow: too slow by 10.0 ms")
+    assert (chosen([]), verdict([], "detect")) == (
+        None,
+        "chosen: none (no model to detect was given)",
+    )

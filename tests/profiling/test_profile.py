@@ -18,7 +18,6 @@ from vovnet.profiling.compare import Sampling
 from vovnet.profiling.count import count_costs
 from vovnet.profiling.profile import (
     Settings,
-    explain,
     module_target,
     profile_module,
     profile_targets,
@@ -31,6 +30,7 @@ from vovnet.profiling.target import (
     Target,
     check_engine,
     distinct,
+    explain,
     find_target,
     known_accuracy,
     load_module,
@@ -108,6 +108,7 @@ def test_models_of_one_run_share_their_rounds_and_have_a_ratio() -> None:
     found = profile_targets(targets, QUICK)
     (ratio,) = found.ratios
     assert (ratio.name, ratio.baseline, ratio.rounds) == ("b", "a", 3)
+    assert "sizes" not in ratio.format()
 
 
 def test_out_of_memory_is_reported_and_the_sweep_goes_on() -> None:
@@ -156,7 +157,8 @@ def test_a_file_of_one_size_runs_at_that(exported_classifier_folder: Path, file:
     own = replace(find_target(str(exported_classifier_folder / file)), engine="onnxruntime")
     targets = [own, find_target("ese_vovnet19b_slim_dw")]
     settings = replace(QUICK, image_sizes=((96, 128),), end_to_end=True, cold_starts=0)
-    fixed, free = profile_targets(targets, settings).models
+    found = profile_targets(targets, settings)
+    fixed, free = found.models
     alone = profile_targets([own], replace(QUICK, image_sizes=((64, 64),))).models[0]
     assert (fixed.results[0].point.height, fixed.results[0].point.width) == (64, 64)
     assert (free.results[0].point.height, free.results[0].point.width) == (96, 128)
@@ -165,6 +167,8 @@ def test_a_file_of_one_size_runs_at_that(exported_classifier_folder: Path, file:
     told = "its file has a size of its own: it ran at batch 1, 64 x 64, not as asked"
     assert told in fixed.notes
     assert not any("its file" in note for note in (*free.notes, *alone.notes))
+    (ratio,) = found.ratios
+    assert ratio.format().endswith(", of other sizes: batch 1, 96 x 128 over batch 1, 64 x 64")
 
 
 def test_a_foreign_file_of_one_size_says_what_it_ran_at(tmp_path: Path) -> None:

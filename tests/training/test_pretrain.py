@@ -19,6 +19,7 @@ from vovnet.training.config import TrainConfig, load_config, resume_config
 from vovnet.training.distill import load_teacher
 from vovnet.training.pretrain import (
     PRETRAIN,
+    PretrainMetrics,
     PretrainTask,
     compare_views,
     feature_maps,
@@ -229,6 +230,20 @@ def test_views_that_agree_are_matched_and_a_point_has_no_spread():
     assert compare_views(line, line).feature_rank < 1.1
     assert found.feature_rank > 8
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("std", "rank", "is_useless"),
+    [(0.5, 9.0, False), (0.002, 9.0, True), (0.5, 1.1, True), (float("nan"), 9.0, True)],
+)
+def test_features_that_are_all_alike_are_called_so(std, rank, is_useless):
+    found = PretrainMetrics(feature_std=std, feature_rank=rank, matched=0.1, num_pictures=20)
+    first, *rest = found.format().splitlines()
+    assert first.startswith("10.0% of 20 pictures known again")
+    assert len(rest) == is_useless
+    for warning in rest:
+        assert f"spread {std:.3f}, expected 0.05 or more; {rank:.1f} directions" in warning
+        assert "do not start a training from it" in warning
 
 
 def test_a_teacher_gives_its_feature_map_where_it_has_one(teacher_file, tmp_path):

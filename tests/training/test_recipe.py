@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from vovnet.cli import main as command_line
 from vovnet.cli.settings import parse_settings
+from vovnet.published import PUBLISHED
 from vovnet.training.config import TrainConfig, find_recipe, list_recipes, load_config
 from vovnet.training.recipe import (
     command,
@@ -63,7 +64,8 @@ def test_the_commands_are_understood_and_keep_to_the_linear_rule(monkeypatch) ->
             settings_of(start, monkeypatch),
             settings_of(one_gpu_command(recipe), monkeypatch),
         )
-        weights = "FILE" if recipe.needs_weights else None
+        weights = "hub" if recipe.config.model in PUBLISHED else "FILE"
+        weights = weights if recipe.needs_weights else None
         given = {"data": "DIR", "backbone_weights": weights}
         assert whole == recipe.config.model_copy(update=given)
         factor = whole.batch_size / one.batch_size

@@ -16,7 +16,7 @@ from vovnet.errors import ConfigError
 from vovnet.model_folder import bundled_models
 from vovnet.models.zoo import list_models
 from vovnet.profiling.accuracy import measure_accuracy
-from vovnet.profiling.choose import Candidate, Choice, rank
+from vovnet.profiling.choose import Candidate, Choice, chosen, rank, verdict
 from vovnet.profiling.compare import Sampling
 from vovnet.profiling.placing import image_counts
 from vovnet.profiling.profile import Settings, check_settings, profile_targets, sweep
@@ -28,23 +28,6 @@ from vovnet.profiling.target import Target, distinct, find_target, parse_image_s
 Sides = tuple[int, int]
 """Height and width in pixels."""
 TASKS = ("classify", "detect", "segment")
-DEFAULT_ARCHITECTURES = {
-    "classify": ("ese_vovnet19b_slim_dw", "ese_vovnet19b_dw", "ese_vovnet39b", "ese_vovnet57b"),
-    "detect": (
-        "vovdet_n",
-        "vovdet_s",
-        "fcos_lite_ese_vovnet19b_slim_dw",
-        "fcos_lite_ese_vovnet39b",
-        "fcos_ese_vovnet39b",
-    ),
-    "segment": (
-        "vovdet_n_seg",
-        "vovdet_s_seg",
-        "centermask_lite_ese_vovnet19b_slim_dw",
-        "centermask_lite_ese_vovnet39b",
-        "centermask_ese_vovnet39b",
-    ),
-}
 
 
 def choose(
@@ -65,7 +48,9 @@ def choose(
     max_seconds: float,
     as_json: bool,
 ) -> int:
-    """Prints what fits, best first, and why the rest does not; 4 when a limit leaves nothing."""
+    """Prints what fits, best first, why the rest does not, and in the last line what to take; 4
+    when a limit leaves nothing.
+    """
     if task not in (None, *TASKS):
         raise ConfigError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     for name, limit in (("max-ms", max_ms), ("max-joules", max_joules)):
@@ -88,7 +73,7 @@ def choose(
     task = task or _shared_task(given or _bundled())
     if data_dir is not None and task != "classify":
         require_split(data_dir, split)
-    counted = _count_architectures(task, architectures, settings)
+    counted = {} if architectures is None else _count(task, architectures, settings)
     profiles: list[Profile] = []
     candidates = []
     targets = _with_bundled(given, task)
@@ -173,15 +158,11 @@ def _measure(
     )
 
 
-def _count_architectures(
-    task: str, pattern: str | None, settings: Settings
-) -> dict[tuple[str, Sides], Counts]:
+def _count(task: str, pattern: str, settings: Settings) -> dict[tuple[str, Sides], Counts]:
     """Of each architecture by its name and the size of the picture."""
-    names: Sequence[str] = DEFAULT_ARCHITECTURES[task]
-    if pattern is not None:
-        names = [name for name in list_models(task=task) if fnmatch(name, pattern)]  # type: ignore[arg-type]
-        if not names:
-            raise ConfigError(f"architectures: expected a pattern for {task}, got {pattern!r}")
+    names = [name for name in list_models(task=task) if fnmatch(name, pattern)]  # type: ignore[arg-type]
+    if not names:
+        raise ConfigError(f"architectures: expected a pattern for {task}, got {pattern!r}")
     targets = [Target(name, "architecture", task, architecture=name) for name in names]
     points = [sweep([target], settings)[0] for target in targets]
     return {
@@ -200,8 +181,10 @@ def _to_dict(
     profiles: Sequence[Profile],
     task: str,
 ) -> dict[str, Any]:
+    best = chosen(choices)
     return {
         "task": task,
+        "chosen": None if best is None else best.name,
         "fits": [_choice_dict(choice) for choice in choices if not choice.reasons],
         "fell_out": [_choice_dict(choice) for choice in choices if choice.reasons],
         "architectures": [
@@ -242,8 +225,14 @@ def _print(
         )
         table.add_row(*map(plain, cells))
     console.print(table)
-    if len({c.candidate.accuracy.data for c in choices if c.candidate.accuracy}) > 1:
-        console.print("accuracies of different data do not compare: give --data", markup=False)
+    if counted:
+        console.print(_costs(counted, task, style))
+    for line in footing(profiles[0]) if profiles else []:
+        console.print(plain(line), style="dim")
+    console.print(plain(verdict(choices, task)), soft_wrap=True)
+
+
+def _costs(counted: dict[tuple[str, Sides], Counts], task: str, style: box.Box | None) -> Table:
     costs = Table(box=style, pad_edge=False)
     title = f"architectures to {task}, without weights"
     for name in (title, "picture", "GMACs", "params M", "memory access M"):
@@ -251,6 +240,4 @@ def _print(
     for (name, size), counts in counted.items():
         figures = (counts.macs / 1e9, counts.parameters / 1e6, counts.memory_access / 1e6)
         costs.add_row(name, _size(size), *(figure(value, 4) for value in figures))
-    console.print(costs)
-    for line in footing(profiles[0]) if profiles else []:
-        console.print(plain(line), style="dim")
+    return costs

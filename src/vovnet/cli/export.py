@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -23,12 +24,13 @@ from vovnet.export.model import (
 )
 from vovnet.export.quantize import Int8Export, export_int8, make_trial
 from vovnet.exported import ONNX_FILE, OPENVINO_FILE, TORCH_EXPORT_FILE
-from vovnet.files import new_run_dir
+from vovnet.files import kept_if_filled, new_run_dir, remove_empty
 from vovnet.images import find_images, read_image
 from vovnet.model_folder import bundled_models, resolve_model
 from vovnet.published import find_published
 
 MAX_PICTURES = 8
+RUNS_DIR = Path("runs/export")
 _BESIDE = {"onnx": ONNX_FILE, "openvino": OPENVINO_FILE, "torch-export": TORCH_EXPORT_FILE}
 
 
@@ -67,11 +69,11 @@ def export(
     source = load_source(model)
     if precision == "int8":
         return _export_int8(model, source, output, pictures, options, as_json=as_json)
-    target = output or _default_output(model, form, raw=raw)
     stored = cast(Precision, precision)
-    done = export_model(
-        source, target, pictures, format=form, precision=stored, raw=raw, progress=_say
-    )
+    with _output_file(output, model, form, raw=raw) as target:
+        done = export_model(
+            source, target, pictures, format=form, precision=stored, raw=raw, progress=_say
+        )
     if as_json:
         print(json.dumps(_to_json(done)))
     else:
@@ -90,11 +92,13 @@ def _export_int8(
 ) -> int:
     """As export; 4 and no file where accuracy falls by more than asked for."""
     assert options.data is not None
-    trial = make_trial(source, options.data, options.split, calibration=options.calibration)
-    target = output or _default_output(model, "openvino", raw=False)
-    done = export_int8(
-        source, target, pictures, trial=trial, max_drop=options.max_drop, progress=_say
+    trial = make_trial(
+        source, options.data, options.split, calibration=options.calibration, progress=_say
     )
+    with _output_file(output, model, "openvino", raw=False) as target:
+        done = export_int8(
+            source, target, pictures, trial=trial, max_drop=options.max_drop, progress=_say
+        )
     if as_json:
         print(json.dumps(_to_json(done) | _int8_to_json(done)))
     else:
@@ -138,16 +142,24 @@ def _check_int8(model: str, form: Format, options: Int8Options, *, raw: bool) ->
         )
 
 
-def _default_output(model: str, form: Format, *, raw: bool) -> Path:
-    """Beside a folder's weights; in a run folder what is raw, or has no folder of its own."""
-    if find_published(model) is not None:
-        name = model
+@contextmanager
+def _output_file(given: Path | None, model: str, form: Format, *, raw: bool) -> Iterator[Path]:
+    """The given file, or one beside a folder's weights; in a run folder what is raw, or has no
+    folder of its own. A run folder into which nothing is written is taken away.
+    """
+    if given is not None:
+        yield given
+        return
+    folder = None if find_published(model) is not None else resolve_model(model)
+    if folder is not None and not raw and folder not in bundled_models().values():
+        yield folder / _BESIDE[form]
     else:
-        folder = resolve_model(model)
-        if not raw and folder not in bundled_models().values():
-            return folder / _BESIDE[form]
-        name = folder.resolve().name
-    return new_run_dir(Path("runs/export"), name) / f"model{SUFFIXES[form]}"
+        with kept_if_filled(RUNS_DIR):
+            made = new_run_dir(RUNS_DIR, model if folder is None else folder.resolve().name)
+            try:
+                yield made / f"model{SUFFIXES[form]}"
+            finally:
+                remove_empty([made])
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vovnet.errors import ConfigError
 from vovnet.training.config import Recipe, config_to_yaml, list_recipes
-from vovnet.training.recipe import command, one_gpu_command
+from vovnet.training.recipe import blanks, command, one_gpu_command
 
 COLUMNS = ("recipe", "model", "data", "length", "published, %", "source")
 
@@ -85,15 +85,15 @@ def to_table(found: list[Recipe]) -> str:
 def to_details(recipe: Recipe) -> str:
     """All that is known of one recipe, for people."""
     settings = config_to_yaml(recipe.config, only_set=True)
-    titles = zip(COLUMNS, columns(recipe), strict=True)
-    lines = [f"{title:14}{text}" for title, text in titles]
-    lines += [
-        "",
-        f"8 GPUs        {command(recipe)}",
-        f"one GPU       {one_gpu_command(recipe)}",
-        "",
-    ]
+    about = list(zip(COLUMNS, columns(recipe), strict=True))
+    commands = [("8 GPUs", command(recipe)), ("one GPU", one_gpu_command(recipe))]
     if recipe.one_gpu_batch is None:
-        lines = [*lines[: len(COLUMNS)], "", f"command       {command(recipe)}", ""]
-    lines += [f"- {note}" for note in recipe.notes]
-    return "\n".join([*lines, "", settings.rstrip()])
+        commands = [("command", command(recipe))]
+    commands.append(("put in", blanks(recipe)))
+    sections = (
+        [f"{title:14}{text}" for title, text in about],
+        [f"{title:14}{text}" for title, text in commands],
+        [f"- {note}" for note in recipe.notes],
+        [settings.rstrip()],
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)

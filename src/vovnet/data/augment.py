@@ -178,7 +178,7 @@ class TrainDataset(Dataset[TrainItem]):
         preset = self.preset
         mixed = self._progress < preset.mixed_until
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_item_seed(self.seed, self._epoch, index))
+            torch.default_generator.manual_seed(_item_seed(self.seed, self._epoch, index))
             if mixed and _happens(preset.mosaic):
                 picture = self._mosaic(index, output_size)
             else:

@@ -146,7 +146,7 @@ class ViewDataset(Dataset[ViewItem]):
         windows = draw_windows(height, width, self.preset, draw)
         regions = draw_regions(*windows, self.preset.regions, draw)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             pairs = [self._view(source, window, regions, draw) for window in windows]
         views, boxes = zip(*pairs, strict=True)
         return ViewItem(np.stack(views), np.stack(boxes), Path(self.data.name(index)))

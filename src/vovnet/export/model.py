@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from vovnet.export.graph import Graph, is_feature_map, make_graph
 from vovnet.export.onnx import write_onnx, write_openvino
 from vovnet.export.torch_export import write_program
 from vovnet.exported import EXPORT_KEY, ExportInfo, sha256
+from vovnet.files import kept_if_filled
 from vovnet.graph_file import is_graph_file
 from vovnet.model_folder import CONFIG_KEY, WEIGHTS_FILE, ModelConfig, load_config, resolve_model
 from vovnet.models.deploy import ClassifierGraph, DeployGraph, fold_batch_norms
@@ -131,9 +133,7 @@ def export_model(
     if not engines:
         names = " or ".join(_CHECKED_IN[format])
         raise ConfigError(f"export: expected {names} to be installed: pip install 'vovnet[export]'")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
-    try:
+    with work_folder(output) as folder:
         written = folder / output.name
         progress(f"exporting to {format}, {precision}")
         expected = _write(source, written, format=format, precision=precision, raw=raw)
@@ -145,8 +145,19 @@ def export_model(
         if any(one.problems for one in comparisons):
             return Export((), tuple(comparisons))
         return Export(move_files(written, output), tuple(comparisons))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(output: Path) -> Iterator[Path]:
+    """A folder beside an output, for files that are not whole yet; at the end it is gone, and so
+    are folders made for an output that was not written.
+    """
+    with kept_if_filled(output.parent):
+        folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _batches(source: Source, pictures: Sequence[NDArray[np.uint8]]) -> list[Batch]:

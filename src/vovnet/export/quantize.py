@@ -1,13 +1,11 @@
 """An export in eight bits, which is kept only where accuracy on the user's data holds."""
 
 import math
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +26,14 @@ from vovnet.export.int8 import (
     quantize,
     read_network,
 )
-from vovnet.export.model import Progress, Source, export_model, move_files, preprocess_of
+from vovnet.export.model import (
+    Progress,
+    Source,
+    export_model,
+    move_files,
+    preprocess_of,
+    work_folder,
+)
 from vovnet.exported import EXPORT_KEY, ExportInfo, Int8Info, read_export_info
 from vovnet.images import read_image
 from vovnet.predict import Predictor
@@ -43,6 +48,8 @@ Metric = Literal["top1", "box_ap", "mask_ap"]
 CALIBRATION_SPLIT = "train"
 FLOAT_SHARES = (0.05, 0.1, 0.2)
 """Of the layers, those of the largest error that each further try leaves in float."""
+TOLD_EVERY_S = 10.0
+"""Between two counts of the pictures that an accuracy is measured on."""
 _LOOKED_AT = 8  # pictures that errors of layers are measured on
 _BLAMED = 10
 _FLOAT_FILE, _TRIED_FILE = "float.xml", "tried.xml"
@@ -113,15 +120,22 @@ class _Reference:
 
 
 def make_trial(
-    source: Source, data_dir: Path, split: str, *, calibration: int, seed: int = 0
+    source: Source,
+    data_dir: Path,
+    split: str,
+    *,
+    calibration: int,
+    seed: int = 0,
+    progress: Progress = lambda text: None,
 ) -> Trial:
     """The trial of a network on a data set as `vovnet val` takes it: accuracy on `split`, ranges
-    from `calibration` pictures of the split train, drawn by chance.
+    from `calibration` pictures of the split train, drawn by chance. progress is told how far a
+    measurement is, now and then.
 
     Raises ConfigError on other classes than the network's, DataError on data that is not there.
     """
     make = _class_trial if source.config.task == "classify" else _detection_trial
-    return make(source, data_dir, split, calibration, np.random.default_rng(seed))
+    return make(source, data_dir, split, calibration, np.random.default_rng(seed), progress)
 
 
 def export_int8(
@@ -141,9 +155,7 @@ def export_int8(
     one of the same name that was there stays. progress is told each stage as it begins. Raises
     ConfigError where a package is missing.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=".export-", dir=output.parent))
-    try:
+    with work_folder(output) as folder:
         done = export_model(
             source, folder / _FLOAT_FILE, pictures, format="openvino", progress=progress
         )
@@ -152,8 +164,6 @@ def export_int8(
         progress(f"measuring accuracy on the split {trial.split} in float")
         reference = _measure_float(folder, trial, pictures)
         return _search(folder, output, trial, max_drop, reference, done.comparisons, progress)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _measure_float(folder: Path, trial: Trial, pictures: Sequence[Pixels]) -> _Reference:
@@ -279,7 +289,12 @@ class _Feeds(Sequence[Feeds]):
 
 
 def _class_trial(
-    source: Source, data_dir: Path, split: str, calibration: int, random: np.random.Generator
+    source: Source,
+    data_dir: Path,
+    split: str,
+    calibration: int,
+    random: np.random.Generator,
+    progress: Progress,
 ) -> Trial:
     preprocess, names = preprocess_of(source), tuple(source.config.class_names)
     if not names:
@@ -288,7 +303,8 @@ def _class_trial(
     known = load_known_classes(data_dir, CALIBRATION_SPLIT, names)
 
     def measure(engine: Engine) -> Accuracy:
-        logits = predict_logits(Classifier(engine, preprocess, names), judged)
+        count = _counter(progress, len(judged))
+        logits = predict_logits(Classifier(engine, preprocess, names), judged, on_batch=count)
         return Accuracy("top1", evaluate_classes(logits, judged.labels, names).top1, len(judged))
 
     return Trial(
@@ -302,7 +318,12 @@ def _class_trial(
 
 
 def _detection_trial(
-    source: Source, data_dir: Path, split: str, calibration: int, random: np.random.Generator
+    source: Source,
+    data_dir: Path,
+    split: str,
+    calibration: int,
+    random: np.random.Generator,
+    progress: Progress,
 ) -> Trial:
     judged, _ = load_split(data_dir, split, read_pixels=False)
     known, _ = load_split(data_dir, CALIBRATION_SPLIT, read_pixels=False)
@@ -318,23 +339,43 @@ def _detection_trial(
         settings={"min_score": 0.0},  # AP ranks all that the detector finds
         calibration=_readers(known, _draw(len(known.images), calibration, random)),
         looked_at=_readers(judged, _draw(len(judged.images), _LOOKED_AT, random)),
-        measure=partial(_measure_detections, source, judged),
+        measure=partial(_measure_detections, source, judged, progress),
     )
 
 
-def _measure_detections(source: Source, data: DetectionData, engine: Engine) -> Accuracy:
+def _measure_detections(
+    source: Source, data: DetectionData, progress: Progress, engine: Engine
+) -> Accuracy:
     config = source.config
     names, ids = tuple(config.class_names), tuple(config.category_ids)
     preprocess = preprocess_of(source)
     predictor = Predictor(engine, preprocess, names, category_ids=ids, score_threshold=0.0)
     masks = has_masks(data) and engine.has_masks
+    count = _counter(progress, len(data.images))
+    found: list[dict[str, Any]] = []
+    for number, results in enumerate(predict_images(predictor, data), start=1):
+        found += results
+        count(number)
     metrics = evaluate_coco(
         data,
-        list(chain.from_iterable(predict_images(predictor, data))),
+        found,
         iou_types=("segm",) if masks else ("bbox",),
         max_detections=engine.max_detections,
     )
     return Accuracy("mask_ap" if masks else "box_ap", metrics.main(), len(data.images))
+
+
+def _counter(progress: Progress, total: int) -> Callable[[int], None]:
+    """Tells progress from time to time how many pictures of the total are done."""
+    told_s = time.monotonic()
+
+    def count(done: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s >= TOLD_EVERY_S:
+            told_s = time.monotonic()
+            progress(f"{done} of {total} pictures")
+
+    return count
 
 
 def _readers(data: DetectionData, indices: Sequence[int]) -> tuple[Callable[[], Pixels], ...]:

@@ -1,20 +1,24 @@
-"""A path aggregation network (Liu et al. 2018, PANet) of OSA blocks: strides 8, 16, 32."""
+"""A path aggregation network (Liu et al. 2018, PANet): strides 8, 16, 32."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vovnet.models.layers import ConvKind, ConvNormAct, init_weights
+from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
 from vovnet.models.vovnet import OsaBlock, make_pool
 
 
-class OsaPan(nn.Module):
+NeckBlock = Literal["osa", "conv"]
+
+
+class Pan(nn.Module):
     """Coarse maps go down to the fine ones, then fine ones up to the coarse.
 
     1x1 convolutions bring all maps to out_channels; each fusion is the concat of two of them
-    through an OSA block. What goes up is pooled as between the backbone's stages, which costs
+    through an OSA block or one 3x3 convolution, which has no conv_channels and layers. What goes up is pooled as between the backbone's stages, which costs
     nothing, fits maps of odd sides and is exact in int8.
     """
 
@@ -23,13 +27,16 @@ class OsaPan(nn.Module):
         in_channels: Sequence[int],
         *,
         out_channels: int,
+        block: NeckBlock,
         conv_channels: int,
         layers: int,
         conv: ConvKind,
     ) -> None:
         super().__init__()
 
-        def fusion() -> OsaBlock:
+        def fusion() -> nn.Module:
+            if block == "conv":
+                return make_conv3x3(conv, 2 * out_channels, out_channels, stride=1, norm="bn")
             return OsaBlock(
                 2 * out_channels,
                 conv_channels,

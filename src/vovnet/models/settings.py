@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import Field, fields
+from itertools import pairwise
 from sys import float_info
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin
 
@@ -9,6 +10,7 @@ from vovnet.errors import ConfigError
 
 MAX_COUNT = 100_000  # of classes, detections, channels: above it only memory runs out
 _SHARES = ("_threshold", "_iou", "_fraction")  # endings of the names of numbers in 0..1
+_RISING = "_limits"  # ending of the names of lists in which each number is above the one before
 
 
 class Settings(Protocol):
@@ -21,7 +23,7 @@ def check_settings(config: Settings) -> None:
     """Raises ConfigError on a field that has not its declared type and range; lists become tuples.
 
     Whole numbers are in 1..MAX_COUNT; other numbers are finite and at least 0, those in tuples
-    above 0, and shares (thresholds, IoUs, fractions) in 0..1.
+    above 0, and shares (thresholds, IoUs, fractions) in 0..1. Limits rise.
     """
     for field in fields(config):
         value = _check(field.name, field.type, getattr(config, field.name))
@@ -64,7 +66,10 @@ def _check_tuple(name: str, options: tuple[Any, ...], value: Any) -> tuple[Any, 
         raise _refusal(name, "a list" if any_length else f"a list of {len(options)}", value)
     if options[0] is float and not all(isinstance(v, int | float) and v > 0 for v in value):
         raise _refusal(name, "numbers above 0", value)
-    return tuple(_check(name, options[0], item) for item in value)
+    checked = tuple(_check(name, options[0], item) for item in value)
+    if name.endswith(_RISING) and any(low >= high for low, high in pairwise(checked)):
+        raise _refusal(name, "numbers that rise", value)
+    return checked
 
 
 def _check_number(name: str, value: object) -> None:

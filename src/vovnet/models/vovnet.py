@@ -388,6 +388,14 @@ _V19_SLIM_DW = VoVNetConfig(
     depthwise=True,
     attention="ese",
 )
+_V19_THIN_DW = VoVNetConfig(
+    stem_channels=(32, 32, 48),
+    stage_conv_channels=(48, 80, 96, 112),
+    stage_out_channels=(80, 192, 384, 512),
+    layers_per_block=3,
+    blocks_per_stage=(1, 1, 1, 1),
+    depthwise=True,
+)
 _V19_DW = VoVNetConfig(
     stem_channels=(64, 64, 64),
     layers_per_block=3,
@@ -431,6 +439,7 @@ VARIANTS: dict[str, VoVNetConfig] = {
     "ese_vovnet99b": _V99,
     "eca_vovnet39b": replace(_V39, attention="eca"),
     "ese_vovnet39b_evos": replace(_V39, norm="evonorm_s0"),
+    "vovnet19_thin_dw": _V19_THIN_DW,
     "vovnet27_slim": _V27_SLIM_V1,
     "vovnet39": replace(_V39, attention="none"),
     "vovnet57": replace(_V57, attention="none"),

@@ -14,6 +14,7 @@ from warnings import warn
 
 import torch
 from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -103,14 +104,25 @@ def fetch_published_file(name: str) -> Path:
     except (OSError, ValueError) as error:
         folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
         raise ConfigError(
-            f"pretrained {name}: {WEIGHTS_FILE} of hub repository {repository} is neither "
-            f"cached nor reachable ({type(error).__name__}); with a network it comes by itself; "
-            f"without one, copy the folder {folder} from a machine that has it (HF_HOME says where "
-            "that is), or download the file and name it by --backbone-weights FILE (train) or "
-            "checkpoint_path (Python); to predict or measure, name a model folder instead"
+            f"pretrained {name}: {WEIGHTS_FILE} of hub repository {repository} is not cached, and "
+            f"{_why_unfetched(error)}; copy the folder {folder} from a machine that has it "
+            "(HF_HOME says where that is), or download the file and name it by --backbone-weights "
+            "FILE (train) or checkpoint_path (Python); to predict or measure, name a model folder "
+            "instead"
         ) from error
     check_sha256(path, published.sha256)
     return path
+
+
+def _why_unfetched(error: Exception) -> str:
+    """Which of the things that can be wrong it was, as far as the hub's client knows."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE keeps it from being fetched"
+    if not _hub_is_reachable():
+        return f"there is no network: {urlsplit(constants.ENDPOINT).hostname} has no address"
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return f"the hub refused it with status {error.response.status_code}"
+    return f"fetching it failed ({type(error).__name__}); a later try may do"
 
 
 def _hub_is_reachable() -> bool:

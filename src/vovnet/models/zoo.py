@@ -16,7 +16,7 @@ from vovnet.models.fcos import FCOS, FCOSConfig, FCOSHead
 from vovnet.models.fpn import FPN, PooledFPN
 from vovnet.models.layers import ConvKind, resolve_indices
 from vovnet.models.multibox import MultiboxConfig
-from vovnet.models.pan import OsaPan
+from vovnet.models.pan import Pan
 from vovnet.models.prototypes import PrototypeHead
 from vovnet.models.rcnn import (
     BoxHead,
@@ -55,8 +55,8 @@ DETECTORS: dict[str, DetectorConfig] = {
 # Names of their own, without a backbone in them: VovDet in four sizes.
 _VOVDET_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "n": (
-        "ese_vovnet19b_slim_dw",
-        {"neck_channels": 64, "neck_conv_channels": 48, "depthwise": True},
+        "vovnet19_thin_dw",
+        {"neck_channels": 64, "neck_block": "conv", "depthwise": True},
     ),
     "s": ("ese_vovnet19b_slim", {"neck_channels": 96, "neck_conv_channels": 48}),
     "m": ("ese_vovnet19b", {"neck_channels": 128, "neck_conv_channels": 64}),
@@ -302,9 +302,10 @@ def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
 def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
     check_count("box_bins", config.box_bins, least=2)
     conv: ConvKind = "depthwise" if config.depthwise else "plain"
-    neck = OsaPan(
+    neck = Pan(
         backbone.feature_info.channels(),
         out_channels=config.neck_channels,
+        block=config.neck_block,
         conv_channels=config.neck_conv_channels,
         layers=config.neck_layers,
         conv=conv,

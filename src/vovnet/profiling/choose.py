@@ -43,6 +43,30 @@ def rank(
     return sorted(choices, key=_order)
 
 
+def chosen(choices: Sequence[Choice]) -> Candidate | None:
+    """The first of ranked choices, None where that does not fit."""
+    return choices[0].candidate if choices and not choices[0].reasons else None
+
+
+def verdict(choices: Sequence[Choice], task: str) -> str:
+    """One line on ranked choices: which model to take and why, or why none."""
+    best = chosen(choices)
+    if not choices:
+        return f"chosen: none (no model to {task} was given)"
+    if best is None:
+        nearest = choices[0]
+        return f"chosen: none ({nearest.candidate.name}: {'; '.join(nearest.reasons)})"
+    fitting = [choice.candidate for choice in choices if not choice.reasons]
+    why = "the only one that fits"
+    if len(fitting) > 1:
+        why = f"the most accurate of {len(fitting)} that fit"
+        if len({one.accuracy.data for one in fitting if one.accuracy}) > 1:
+            why += ", by accuracies of different data, which --data would compare"
+    facts = [best.accuracy.format()] if best.accuracy else []
+    facts += [f"{best.time.median_ms:.1f} ms an image"] if best.time else []
+    return f"chosen: {best.name} ({why}: {', '.join(facts)})"
+
+
 def _order(choice: Choice) -> tuple[int, float, float]:
     accuracy, time = choice.candidate.accuracy, choice.candidate.time
     value = -accuracy.value if accuracy else 0.0

@@ -53,17 +53,19 @@ class Ratio:
     high: float
     rounds: int
     within: bool  # the interval is as narrow as was asked for
+    sizes: str = ""  # what both ran on, where that differs
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as plain JSON types."""
         return asdict(self)
 
     def format(self) -> str:
-        """Return one line that says when the interval stayed too wide."""
+        """Return one line that says when the interval stayed too wide, and where sizes differ."""
         wide = "" if self.within else "; the interval stayed wider than asked for"
         return (
             f"{self.name} / {self.baseline}: {self.ratio:.3f} "
             f"({self.low:.3f} to {self.high:.3f}, n = {self.rounds}{wide})"
+            + (f", of other sizes: {self.sizes}" if self.sizes else "")
         )
 
 

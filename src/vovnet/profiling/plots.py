@@ -12,6 +12,8 @@ from vovnet.errors import ConfigError
 from vovnet.profiling.records import ModelProfile, Placement, Profile
 
 _MAX_BARS = 40
+_MARKERS = "osD^v<>P*X"  # the colours repeat after ten, so do these
+_LINEAR_SPAN = 8  # beyond it the cheap ones would lie on one another
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +84,36 @@ def _accuracy_plot(
     ]
     if not shown:
         return Plot(title, reason="no model has both a recorded accuracy and this figure")
-    figure = _figure(6.4, 4.2)
+    figure = _figure(8.0, max(4.2, 0.5 + 0.22 * len(shown)))
     axes = figure.add_subplot()
-    for model, (middle, low, high) in shown:
-        assert model.accuracy is not None
-        axes.errorbar(middle, model.accuracy.value, xerr=[[middle - low], [high - middle]], fmt="o")
-        axes.annotate(
-            f"{model.name}\n{model.accuracy.data}",
-            (middle, model.accuracy.value),
-            textcoords="offset points",
-            xytext=(6, 6),
-            fontsize=8,
-            parse_math=False,
+    data = sorted({model.accuracy.data for model, _ in shown if model.accuracy})
+    for index, (model, (middle, low, high)) in enumerate(shown):
+        one = model.accuracy
+        assert one is not None
+        below = one.value - one.low if one.low is not None else 0
+        above = one.high - one.value if one.high is not None else 0
+        axes.errorbar(
+            middle,
+            one.value,
+            xerr=[[middle - low], [high - middle]],
+            yerr=[[below], [above]],
+            fmt=_MARKERS[index % len(_MARKERS)],
+            label=model.name if len(data) == 1 else f"{model.name} ({one.data})",
         )
-    axes.set_xlabel(f"{label} ({unit}), 95 % interval" if unit == "ms" else f"{label} ({unit})")
-    axes.set_ylabel(" / ".join(sorted({m.accuracy.metric for m, _ in shown if m.accuracy})))
-    axes.set_xlim(left=0, right=1.35 * max(high for _, (_, _, high) in shown))
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
+    costs = [cost for _, (_, low, high) in shown for cost in (low, high)]
+    if min(costs) > 0 and max(costs) > _LINEAR_SPAN * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(left=0)
+    interval = ", 95 % interval" if unit == "ms" else ""
+    axes.set_xlabel(f"{label} ({unit}){interval}")
+    metrics = " / ".join(sorted({m.accuracy.metric for m, _ in shown if m.accuracy}))
+    axes.set_ylabel(f"{metrics} on {data[0]}" if len(data) == 1 else metrics)
+    names = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    for text in names.get_texts():
+        text.set_parse_math(False)
+    axes.grid(alpha=0.3, which="both")
     counts = "; ".join(f"{model.name}: {_basis(model)}" for model, _ in shown)
     return Plot(title, _svg(figure, title), basis=counts)
 

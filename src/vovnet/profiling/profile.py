@@ -31,13 +31,16 @@ from vovnet.profiling.records import (
     Profile,
     printable,
     why_unmeasured,
+    with_sizes,
 )
 from vovnet.profiling.roofline import DTYPES, Ceilings, find_ceilings
 from vovnet.profiling.stages import image_file, time_cold_start, time_stages
 from vovnet.profiling.target import (
     Network,
     Target,
+    UntimedError,
     default_side,
+    explain,
     known_accuracy,
     open_network,
     picture,
@@ -171,7 +174,8 @@ def _profile(
         for name, result in measured.results.items():
             results[name].append(result)
         if number == 0:
-            ratios, networks = measured.comparison.ratios, measured.networks
+            ratios = tuple(with_sizes(one, measured.results) for one in measured.comparison.ratios)
+            networks = measured.networks
     _require_one_result(results, progress)
     if points[0].threads is not None:  # the sweep has left it at its last point's
         torch.set_num_threads(points[0].threads)
@@ -212,6 +216,7 @@ def measure_point(
     """Time the targets interleaved at one point; `meter` adds joules, or the reason for none."""
     networks: dict[str, Network] = {}
     errors: dict[str, str] = {}
+    counted_alone: set[str] = set()
     for target in targets:
         try:
             networks[target.name] = open_network(
@@ -223,6 +228,7 @@ def measure_point(
             )
         except (ConfigError, RuntimeError, MemoryError) as error:
             errors[target.name] = explain(error, target.name)
+            counted_alone |= {target.name} if isinstance(error, UntimedError) else set()
     empty = Comparison({}, {}, ())
     runs = {name: network.run for name, network in networks.items()}
     failing = (RuntimeError, MemoryError, ValueError, TypeError)
@@ -234,6 +240,7 @@ def measure_point(
         )
         for target in targets
     }
+    results |= {name: replace(results[name], counted_alone=True) for name in counted_alone}
     return MeasuredPoint(results, comparison, networks)
 
 
@@ -248,19 +255,6 @@ def sweep(targets: Sequence[Target], settings: Settings) -> list[Point]:
         Point(batch, height, width, threads, precision, layout)
         for batch, (height, width), threads, precision, layout in combinations
     ]
-
-
-def explain(error: Exception, where: str) -> str:
-    """One line on why something did not run; raises OSError when the device itself was lost."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return "out of memory"
-    text = printable(text)
-    if isinstance(error, ConfigError):
-        return text
-    if "CUDA error" in text or "device-side" in text:
-        raise OSError(f"{where}: the device was lost while running: {text}") from error
-    return f"cannot run: {text}"
 
 
 def method_lines(settings: Settings) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a profile is: plain figures with the hardware, the method and the date they belong to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from vovnet.profiling.compare import Ratio
@@ -31,11 +31,14 @@ class Point:
     precision: str = "fp32"
     layout: str = "nhwc"
 
+    def size(self) -> str:
+        """Return the shape of a batch in a few words."""
+        return f"batch {self.batch_size}, {self.height} x {self.width}"
+
     def format(self) -> str:
         """Return the setting in a few words."""
         threads = "" if self.threads is None else f", {self.threads} threads"
-        size = f"batch {self.batch_size}, {self.height} x {self.width}"
-        return f"{size}, {self.precision} {self.layout}{threads}"
+        return f"{self.size()}, {self.precision} {self.layout}{threads}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,8 @@ class PointResult:
     warmed_up: bool = False
     energy: EnergyResult | None = None
     error: str | None = None
+    counted_alone: bool = False
+    """Nothing that could run it is installed."""
 
     @property
     def image_ms(self) -> float | None:
@@ -182,10 +187,16 @@ def why_unmeasured(results: Sequence[PointResult]) -> str | None:
 
     Counts alone are a result of an ONNX file; of a network that should run they are not.
     """
-    counted_alone = "install onnxruntime" in (results[0].error or "")
-    if any(result.timings for result in results) or (counted_alone and results[0].counts):
+    first = results[0]
+    if any(result.timings for result in results) or (first.counted_alone and first.counts):
         return None
-    return results[0].error
+    return first.error
+
+
+def with_sizes(ratio: Ratio, results: Mapping[str, PointResult]) -> Ratio:
+    """The ratio, which names both sizes where its two networks ran on different ones."""
+    own, other = (results[name].point.size() for name in (ratio.name, ratio.baseline))
+    return ratio if own == other else replace(ratio, sizes=f"{own} over {other}")
 
 
 def _model_dict(model: ModelProfile) -> dict[str, Any]:

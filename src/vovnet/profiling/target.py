@@ -33,6 +33,10 @@ _MAX_SIDE = 16384
 _MAX_DIGITS = 9
 
 
+class UntimedError(ConfigError):
+    """What would run a file is not installed, so that it can only be counted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One thing to profile; `path` of a folder or file, `module` and `inputs` where Python gave
@@ -352,7 +356,7 @@ def _open_onnx(target: Target, point: Point) -> Network:
     try:
         onnxruntime = import_onnxruntime()
     except ConfigError:
-        raise ConfigError(
+        raise UntimedError(
             f"{target.name}: an ONNX file is counted; to time it, install onnxruntime"
         ) from None
     options = onnxruntime.SessionOptions()
@@ -393,3 +397,16 @@ def _onnx_image(shape: list[Any], kind: str, point: Point) -> NDArray[Any]:
     sides = image_shape(shape, point)
     values = np.random.default_rng(0).integers(0, 256, sides, dtype=np.uint8)
     return values if kind == "tensor(uint8)" else values.astype(np.float32) / 255
+
+
+def explain(error: Exception, where: str) -> str:
+    """One line on why something did not run; raises OSError when the device itself was lost."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return "out of memory"
+    text = printable(text)
+    if isinstance(error, ConfigError):
+        return text
+    if "CUDA error" in text or "device-side" in text:
+        raise OSError(f"{where}: the device was lost while running: {text}") from error
+    return f"cannot run: {text}"

@@ -201,10 +201,16 @@ class _Embedder:
 def _from_timm(name: str, *, pretrained: bool, where: str) -> nn.Module:
     try:
         timm: Any = importlib.import_module("timm")
-        module: nn.Module = timm.create_model(name, pretrained=pretrained)
     except ImportError as error:
         raise ConfigError(f"teacher {where}: expected timm to be installed: {error}") from error
-    except Exception as error:  # unknown names and unreachable weights raise many types
+    if ":" not in name and not timm.is_model(name):  # with a colon it names a hub's repository
+        raise ConfigError(
+            f"teacher {where}: expected a known model, as timm.list_models() lists them, "
+            f"got {name!r}"
+        )
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=pretrained)
+    except Exception as error:  # of unreachable weights, many types
         raise _not_found(where, error) from error
     return module
 
@@ -288,7 +294,7 @@ def _to_numpy(value: Tensor) -> NDArray[np.float32]:
 
 
 def _not_found(where: str, error: Exception) -> ConfigError:
-    expected = "a known model whose weights are at hand or reachable (@FILE names a file of them)"
+    expected = "its weights to be at hand or reachable (@FILE names a file of them)"
     return _failed(f"teacher {where}", expected, error)
 
 

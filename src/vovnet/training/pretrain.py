@@ -48,6 +48,8 @@ PRETRAIN: dict[str, Any] = {
 
 CHECKED_PICTURES = 100_000
 """Up to so many are decoded before the first step; of more, a bad one ends the training."""
+LEAST_STD, LEAST_RANK = 0.05, 1.5
+"""Of features that tell pictures apart; random weights have a spread of some thousandths."""
 _LEAST_PICTURES = 2
 _EVALUATED = 128
 _EVALUATED_AT_ONCE = 16
@@ -76,11 +78,26 @@ class PretrainMetrics:
         """Plain JSON types."""
         return asdict(self)
 
+    @property
+    def is_useless(self) -> bool:
+        """Whether all pictures look nearly alike to the backbone."""
+        return not (self.feature_std >= LEAST_STD and self.feature_rank >= LEAST_RANK)  # NaN is
+
     def format(self) -> str:
-        """One line of text."""
-        return (
+        """One line of text, and another where the features are of no use."""
+        text = (
             f"{self.matched:.1%} of {self.num_pictures} pictures known again in another view, "
             f"spread of their features {self.feature_std:.3f} in {self.feature_rank:.1f} directions"
+        )
+        return f"{text}\n{self._warning()}" if self.is_useless else text
+
+    def _warning(self) -> str:
+        return (
+            f"warning: all pictures look nearly alike to this backbone (spread "
+            f"{self.feature_std:.3f}, expected {LEAST_STD:g} or more; {self.feature_rank:.1f} "
+            f"directions, expected {LEAST_RANK:g} or more): it has not learnt yet, or has "
+            "collapsed; do not start a training from it, but pretrain longer or on more pictures, "
+            "and where that does not help at a lower learning rate"
         )
 
 

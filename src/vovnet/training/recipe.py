@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from vovnet.published import PUBLISHED
 from vovnet.training.config import Recipe, TrainConfig
 
 _NEAR = {"ese_vovnet39_d2": "ese_vovnet39b", "ese_vovnet57_d2": "ese_vovnet57b"}
@@ -86,8 +87,19 @@ def one_gpu_command(recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe) -> str:
-    weights = " --backbone-weights FILE" if recipe.needs_weights else ""
-    return f"vovnet train --recipe {recipe.name} --data DIR{weights}"
+    return f"vovnet train --recipe {recipe.name} --data DIR{_weights(recipe)}"
+
+
+def _weights(recipe: Recipe) -> str:
+    if not recipe.needs_weights:
+        return ""
+    return " --pretrained" if recipe.config.model in PUBLISHED else " --backbone-weights FILE"
+
+
+def blanks(recipe: Recipe) -> str:
+    """What a user puts in place of the capitals in a recipe's commands, in one line."""
+    weights = "; FILE: ImageNet weights of its backbone" if " FILE" in _weights(recipe) else ""
+    return f"DIR: your data set{weights}"
 
 
 def one_gpu_settings(recipe: Recipe) -> dict[str, float]:
