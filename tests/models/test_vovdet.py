@@ -10,7 +10,7 @@ from vovnet.errors import ConfigError
 from vovnet.models.boxes import Target
 from vovnet.models.deploy import DeployGraph, fold_batch_norms
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
-from vovnet.models.pan import Pan
+from vovnet.models.pan import NeckBlock, Pan
 from vovnet.models.prototypes import cut_masks, grow_boxes
 from vovnet.models.roi import BitmapMasks
 from vovnet.models.vovdet import (
@@ -135,9 +135,12 @@ def test_masks_summed_before_or_after_the_cut_are_the_same() -> None:
     assert grown.tolist() == [[8.0, 16.0, 32.0, 64.0]]
 
 
-def test_the_neck_joins_every_level_both_ways_and_fits_odd_sides() -> None:
+@pytest.mark.parametrize("block", ["osa", "conv"])
+def test_the_neck_joins_every_level_both_ways_and_fits_odd_sides(block: NeckBlock) -> None:
     torch.manual_seed(0)
-    neck = OsaPan([4, 6, 8], out_channels=16, conv_channels=8, layers=2, conv="plain").eval()
+    neck = Pan(
+        [4, 6, 8], out_channels=16, block=block, conv_channels=8, layers=2, conv="plain"
+    ).eval()
     maps = [torch.randn(1, c, *side) for c, side in ((4, (21, 10)), (6, (10, 5)), (8, (5, 2)))]
     levels = neck(maps)
     assert [tuple(m.shape) for m in levels] == [(1, 16, 21, 10), (1, 16, 10, 5), (1, 16, 5, 2)]

@@ -64,7 +64,26 @@ def test_deformable_convolutions_add_their_offsets(size: str) -> None:
 
 def test_every_variant_is_counted() -> None:
     deformable = {f"ese_vovnet{size}_dcn_d2" for size in OFFSET_PARAMETERS}
-    assert set(VARIANTS) == {*COUNTS, *deformable}
+    assert set(VARIANTS) == {*COUNTS, *deformable, "vovnet19_thin_dw"}
+
+
+def test_the_thin_one_has_the_widths_that_its_name_says() -> None:
+    settings = {
+        "stem_chs": [32, 32, 48],
+        "stage_conv_chs": [48, 80, 96, 112],
+        "stage_out_chs": [80, 192, 384, 512],
+        "layer_per_block": 3,
+        "block_per_stage": [1, 1, 1, 1],
+        "residual": True,
+        "depthwise": True,
+        "attn": "",
+    }
+    theirs = timm.models.vovnet.VovNet(settings).eval()
+    ours = create_model("vovnet19_thin_dw").eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
 
 
 def test_timm_has_the_names_that_we_share() -> None:

@@ -26,6 +26,7 @@ COSTS: dict[str, tuple[int, int]] = {
     "ese_vovnet99b": (63_199_272, 16_488_214_528),
     "eca_vovnet39b": (22_600_316, 7_072_240_128),
     "ese_vovnet39b_evos": (24_579_144, 7_074_193_408),
+    "vovnet19_thin_dw": (1_313_656, 240_181_584),
     "vovnet27_slim": (3_525_736, 2_176_695_296),
     "vovnet39": (22_600_296, 7_072_227_328),
     "vovnet57": (36_640_296, 8_930_144_256),
@@ -57,6 +58,7 @@ STAGE_5_PARAMETERS: dict[str, int] = {
     "ese_vovnet99b": 18_482_752,
     "eca_vovnet39b": 11_362_693,
     "ese_vovnet39b_evos": 12_416_576,
+    "vovnet19_thin_dw": 454_224,
     "vovnet27_slim": 1_324_128,
     "vovnet39": 11_362_688,
     "vovnet57": 17_433_152,
@@ -76,35 +78,35 @@ STAGE_5_PARAMETERS: dict[str, int] = {
 }
 """Parameters of a backbone's last stage, which DSOD does without."""
 
-DETECTOR_PARTS: dict[str, tuple[int, int, int]] = {
-    "fcos": (8_461_658, 8_166_746, 8_166_746),
-    "fcos_lite": (1_722_586, 1_575_130, 1_575_130),
-    "centermask": (27_445_260, 27_150_348, 27_150_348),
-    "centermask_lite": (9_945_228, 9_797_772, 9_797_772),
-    "faster_rcnn": (17_917_344, 17_585_568, 17_589_664),
-    "faster_rcnn_lite": (8_952_224, 8_786_336, 8_788_384),
-    "mask_rcnn": (20_560_624, 20_228_848, 20_232_944),
-    "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752),
-    "refinedet": (34_708_548, 30_252_100, 30_252_100),
-    "dsod": (10_910_188, 9_961_452, 9_961_452),
-    "vovdet": (1_452_720, 1_342_128, 1_342_128),
-    "vovdet_seg": (1_631_440, 1_520_848, 1_520_848),
+DETECTOR_PARTS: dict[str, tuple[int, int, int, int]] = {
+    "fcos": (8_461_658, 8_166_746, 8_166_746, 8_150_362),
+    "fcos_lite": (1_722_586, 1_575_130, 1_575_130, 1_566_938),
+    "centermask": (27_445_260, 27_150_348, 27_150_348, 27_133_964),
+    "centermask_lite": (9_945_228, 9_797_772, 9_797_772, 9_789_580),
+    "faster_rcnn": (17_917_344, 17_585_568, 17_589_664, 17_560_992),
+    "faster_rcnn_lite": (8_952_224, 8_786_336, 8_788_384, 8_774_048),
+    "mask_rcnn": (20_560_624, 20_228_848, 20_232_944, 20_204_272),
+    "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752, 11_122_416),
+    "refinedet": (34_708_548, 30_252_100, 30_252_100, 30_022_724),
+    "dsod": (10_910_188, 9_961_452, 9_961_452, 9_749_036),
+    "vovdet": (1_452_720, 1_342_128, 1_342_128, 1_335_984),
+    "vovdet_seg": (1_631_440, 1_520_848, 1_520_848, 1_514_704),
 }
-"""Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128."""
+"""Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128, 80."""
 
 SIZED_PARTS: dict[str, int] = {
-    "vovdet_n": 288_880,
+    "vovdet_n": 193_584,
     "vovdet_s": 1_342_128,
     "vovdet_m": 2_461_104,
     "vovdet_l": 3_731_632,
-    "vovdet_n_seg": 306_832,
+    "vovdet_n_seg": 211_536,
     "vovdet_s_seg": 1_520_848,
     "vovdet_m_seg": 2_773_072,
     "vovdet_l_seg": 4_213_712,
 }
 """The same of detectors whose name says the backbone too."""
 
-_STAGE_2_WIDTHS = (256, 112, 128)
+_STAGE_2_WIDTHS = (256, 112, 128, 80)
 
 
 def models(pattern: str, task: str | None, as_json: bool) -> int:

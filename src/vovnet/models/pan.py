@@ -10,7 +10,6 @@ from torch.nn import functional
 from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
 from vovnet.models.vovnet import OsaBlock, make_pool
 
-
 NeckBlock = Literal["osa", "conv"]
 
 
@@ -18,8 +17,9 @@ class Pan(nn.Module):
     """Coarse maps go down to the fine ones, then fine ones up to the coarse.
 
     1x1 convolutions bring all maps to out_channels; each fusion is the concat of two of them
-    through an OSA block or one 3x3 convolution, which has no conv_channels and layers. What goes up is pooled as between the backbone's stages, which costs
-    nothing, fits maps of odd sides and is exact in int8.
+    through an OSA block, or through one 3x3 convolution, which has no conv_channels and layers.
+    What goes up is pooled as between the backbone's stages, which costs nothing, fits maps of odd
+    sides and is exact in int8.
     """
 
     def __init__(

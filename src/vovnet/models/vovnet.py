@@ -379,38 +379,17 @@ class VoVNetFeatures(VoVNet):
 
 _SLIM = (64, 80, 96, 112)
 _SLIM_OUT = (112, 256, 384, 512)
-_V19_SLIM_DW = VoVNetConfig(
-    stem_channels=(64, 64, 64),
-    stage_conv_channels=_SLIM,
-    stage_out_channels=_SLIM_OUT,
-    layers_per_block=3,
-    blocks_per_stage=(1, 1, 1, 1),
-    depthwise=True,
-    attention="ese",
-)
-_V19_THIN_DW = VoVNetConfig(
+_V19 = VoVNetConfig(layers_per_block=3, blocks_per_stage=(1, 1, 1, 1), attention="ese")
+_V19_DW = replace(_V19, stem_channels=(64, 64, 64), depthwise=True)
+_V19_SLIM = replace(_V19, stage_conv_channels=_SLIM, stage_out_channels=_SLIM_OUT)
+_V19_SLIM_DW = replace(_V19_SLIM, stem_channels=(64, 64, 64), depthwise=True)
+_V19_THIN_DW = replace(  # our own, of the smallest VovDet
+    _V19_DW,
     stem_channels=(32, 32, 48),
     stage_conv_channels=(48, 80, 96, 112),
     stage_out_channels=(80, 192, 384, 512),
-    layers_per_block=3,
-    blocks_per_stage=(1, 1, 1, 1),
-    depthwise=True,
+    attention="none",
 )
-_V19_DW = VoVNetConfig(
-    stem_channels=(64, 64, 64),
-    layers_per_block=3,
-    blocks_per_stage=(1, 1, 1, 1),
-    depthwise=True,
-    attention="ese",
-)
-_V19_SLIM = VoVNetConfig(
-    stage_conv_channels=_SLIM,
-    stage_out_channels=_SLIM_OUT,
-    layers_per_block=3,
-    blocks_per_stage=(1, 1, 1, 1),
-    attention="ese",
-)
-_V19 = VoVNetConfig(layers_per_block=3, blocks_per_stage=(1, 1, 1, 1), attention="ese")
 _V39 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 1, 2, 2), attention="ese")
 _V57 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 1, 4, 3), attention="ese")
 _V99 = VoVNetConfig(layers_per_block=5, blocks_per_stage=(1, 3, 9, 3), attention="ese")
@@ -426,7 +405,7 @@ _V27_SLIM_V1 = VoVNetConfig(
 
 # Naming: `b` and `a` as in timm (eSE in the last block of a stage; V1 without identity), `_d2` =
 # eSE in every block, `_dcn` = deformable as in CenterMask2, plain `vovnetN` = the released V1 code
-# with identity, `_paper` = the V1 paper.
+# with identity, `_paper` = the V1 paper, `_thin` = ours.
 VARIANTS: dict[str, VoVNetConfig] = {
     "vovnet39a": replace(_V39, attention="none", identity=False),
     "vovnet57a": replace(_V57, attention="none", identity=False),

@@ -33,7 +33,7 @@ from vovnet.training.step import LossStep
 
 PRETRAIN: dict[str, Any] = {
     "task": "pretrain",
-    "model": "ese_vovnet19b_slim_dw",
+    "model": "vovnet19_thin_dw",
     "batch_size": 16,
     "epochs": 100,
     "optimizer": "adamw",
