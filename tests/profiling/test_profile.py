@@ -1,5 +1,7 @@
 """The profiler on small modules and folders, in few rounds."""
 
+import html
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vovnet.errors import ConfigError, ImageError
-from vovnet.exported import ONNX_FILE
-from vovnet.model_folder import load_config
+from vovnet.exported import EXPORT_KEY, ONNX_FILE
+from vovnet.model_folder import CONFIG_KEY, ModelConfig, load_config
 from vovnet.predict import Predictor
 from vovnet.profiling.compare import Sampling
 from vovnet.profiling.count import count_costs
@@ -243,6 +245,43 @@ def test_an_architecture_has_random_weights_and_no_accuracy() -> None:
     assert model.results[0].timings is not None
     assert model.results[0].counts is not None
     assert model.results[0].counts.parameters == 1_897_752
+
+
+def test_a_file_in_eight_bits_has_its_own_figure(tmp_path: Path) -> None:
+    told = {
+        "weights_sha256": "0" * 64,
+        "vovnet_version": "0",
+        "precision": "int8",
+        "raw": False,
+        "inputs": ["images"],
+        "int8": {
+            "metric": "box_ap",
+            "accuracy": 0.25,
+            "float_accuracy": 0.26,
+            "split": "val",
+            "pictures": 7,
+            "calibration_pictures": 5,
+            "float_layers": [],
+        },
+    }
+    config = ModelConfig(
+        architecture="vovdet_n",
+        model_args={"num_classes": 1},
+        task="detect",
+        class_names=["cell"],
+        category_ids=[1],
+        preprocess={},
+        licence="CC0-1.0",
+        metrics={"val": {"box": {"ap": 0.26}}},
+    )
+    entries = {CONFIG_KEY: config.model_dump_json(), EXPORT_KEY: json.dumps(told)}
+    lines = [f'<{key} value="{html.escape(text)}" />' for key, text in entries.items()]
+    path = tmp_path / "int8.xml"
+    path.write_text("\n".join(['<?xml version="1.0"?>', "<net>", *lines, "</net>"]))
+    accuracy = known_accuracy(find_target(str(path)))
+    assert accuracy is not None
+    assert (accuracy.value, accuracy.metric) == (0.25, "box AP")
+    assert accuracy.data == "7 pictures of val, in eight bits"
 
 
 def test_published_weights_by_their_name_have_timms_figure() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
-from vovnet.exported import is_export
+from vovnet.exported import is_export, read_export_info
 from vovnet.graph_file import is_graph_file
 from vovnet.images import read_image
 from vovnet.model_folder import ModelConfig, bundled_models, load_config, name_of, resolve_model
@@ -31,6 +31,7 @@ from vovnet.runtime.torch import build_model, choose_device, set_threads
 DEFAULT_SIDES = {"classify": 224, "detect": 512, "segment": 512}
 _MAX_SIDE = 16384
 _MAX_DIGITS = 9
+_INT8_METRICS = {"top1": "top-1", "box_ap": "box AP", "mask_ap": "mask AP"}
 
 
 class UntimedError(ConfigError):
@@ -264,11 +265,16 @@ def image_shape(shape: Sequence[Any], point: Point) -> list[int]:
 
 
 def known_accuracy(target: Target) -> Accuracy | None:
-    """The figure that a model folder records, or that timm publishes of weights named with their
-    tag; None of anything else.
+    """The figure that a model folder records, a file in eight bits its own, or that timm publishes
+    of weights named with their tag; None of anything else.
     """
     if target.kind == "folder" and target.path is not None:
-        return recorded_accuracy(load_config(target.path))
+        config = load_config(target.path)
+        int8 = read_export_info(target.path).int8 if is_export(target.path) else None
+        if int8 is not None:
+            data = f"{int8.pictures} pictures of {printable(int8.split)}, in eight bits"
+            return Accuracy(value=int8.accuracy, metric=_INT8_METRICS[int8.metric], data=data)
+        return recorded_accuracy(config)
     variant = find_published(target.architecture) if target.architecture else None
     if variant is None or variant == target.architecture:
         return None
