@@ -45,7 +45,7 @@ def test_a_file_of_settings_goes_over_the_verbs_own(started, tmp_path):
     assert verb.pretrain(file, {"batch_size": 6, "data": None}, [], None) == 130
     (config,) = started
     assert (config.data, config.batch_size, config.learning_rate) == ("E", 6, 0.5)
-    assert (config.model, config.epochs) == ("ese_vovnet19b_slim_dw", 100)
+    assert (config.model, config.epochs) == ("vovnet19_thin_dw", 100)
 
 
 def test_no_data_is_refused(started):

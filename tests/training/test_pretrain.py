@@ -194,7 +194,11 @@ def test_unreadable_pictures_are_named_and_passed_over(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"model": "vovdet_n"}, ConfigError, "got the detector vovdet_n; its backbone is ese_vovn"),
+        (
+            {"model": "vovdet_n"},
+            ConfigError,
+            "got the detector vovdet_n; its backbone is vovnet19_thin_dw",
+        ),
         ({"model": "resnet50"}, ConfigError, "expected a known name"),
         ({"data": "nowhere"}, DataError, "nowhere: expected a folder of pictures, found nothing"),
         ({"augment": {"mosaic": 1}}, ConfigError, "augment: expected one of image_size, regions"),
