@@ -71,8 +71,8 @@ def write_page(work_dir: Path, data: str) -> None:
     """Write `page.html` and its drawing; print which peers lie above and left of ours."""
     speed = json.loads((work_dir / "speed.json").read_text())
     files = {name: work_dir / f"{accuracy_name(name)}.json" for name in fastest(speed)}
-    missing = [file.name for file in files.values() if not file.is_file()]
-    print(*(f"without accuracy: {name}" for name in missing), sep="\n")
+    for name in (file.name for file in files.values() if not file.is_file()):
+        print(f"without accuracy: {name}")
     records = {name: json.loads(f.read_text()) for name, f in files.items() if f.is_file()}
     models = [as_model(name, record, speed, data) for name, record in records.items()]
     profile = Profile(

@@ -103,6 +103,9 @@ def _accuracy_plot(
     costs = [cost for _, (_, low, high) in shown for cost in (low, high)]
     if min(costs) > 0 and max(costs) > _LINEAR_SPAN * min(costs):
         axes.set_xscale("log")
+        ticker = importlib.import_module("matplotlib.ticker")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.set_xlim(left=0)
