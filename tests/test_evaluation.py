@@ -310,6 +310,9 @@ def test_count_score_counts_every_image_alike():
     sparse = [entry for i in (1, 2) for entry in found(i, [0.8, 0.4, 0.35])]  # one object each
     assert 0.4 < _count_score(crowded + sparse, counted([100, 1, 1])) <= 0.8
     assert _count_score(crowded, counted([100])) <= 0.3
+    # Neither do two images decide where only one of twenty objects has a label.
+    right = [entry for i in range(6) for entry in found(i, [0.5] * 20)]
+    assert _count_score(right, counted([20, 20, 20, 20, 1, 1])) <= 0.5
 
 
 def test_count_score_is_the_middle_of_equals_and_takes_part_in_what_it_shows():

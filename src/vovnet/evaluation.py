@@ -166,8 +166,9 @@ def evaluate_coco(
 def _count_score(predictions: Sequence[Mapping[str, Any]], data: DetectionData) -> float:
     """The score, in hundredths, from which on up the counts err least; nan where there is nothing.
 
-    The error of an image is |found - labelled| / labelled, and every image counts alike: matching
-    the sum over all would let a few crowded images decide. Of equally good scores the middle one.
+    The error of an image is |found - labelled| / the larger of both, so that every image counts
+    alike: a sum of objects would let a few crowded images decide, and a division by the labelled
+    those where most objects have no label. Of equally good scores the middle one.
     """
     labelled = {
         image.id: sum(not annotation.is_ignored for annotation in image.annotations)
@@ -183,7 +184,7 @@ def _count_score(predictions: Sequence[Mapping[str, Any]], data: DetectionData) 
     for image_id, count in labelled.items():
         ranked = np.sort(scores[image_id])
         found = len(ranked) - np.searchsorted(ranked, limits, side="left")
-        errors += np.abs(found - count) / max(count, 1)
+        errors += np.abs(found - count) / np.maximum(found, max(count, 1))
     best = np.flatnonzero(errors == errors.min())
     return float(limits[best[len(best) // 2]])
 

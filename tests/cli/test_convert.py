@@ -158,7 +158,7 @@ def test_wrong_arguments(monkeypatch, capsys, tmp_path: Path, checkpoints: dict[
     for arguments, code, message in [
         ([source, "--to", full], 2, "expected a new or an empty folder"),
         ([tmp_path, "--to", tmp_path / "new"], 2, "found the folder"),
-        ([tmp_path / "no.pth", "--to", tmp_path / "new"], 2, "found none at"),
+        ([tmp_path / "no.pth", "--to", tmp_path / "new"], 2, "found neither at"),
         ([tmp_path / "broken.pth", "--to", tmp_path / "new"], 2, "cannot be read"),
         (
             [tmp_path / "other.safetensors", "--to", tmp_path / "new"],

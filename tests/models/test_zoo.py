@@ -85,7 +85,7 @@ def test_lite_is_smaller_where_the_paper_says() -> None:
         ({"name": f"fcos_{SMALL}", "overrides": {"max_detections": "9"}}, "whole number"),
         ({"name": f"fcos_{SMALL}", "overrides": {"nms_threshold": float("nan")}}, "0..1"),
         ({"name": "ese_vovnet19b", "pretrained": True}, "ese_vovnet57b"),
-        ({"name": SMALL, "checkpoint_path": "no/such/file.pth"}, "found none at"),
+        ({"name": SMALL, "checkpoint_path": "no/such/file.pth"}, "found neither at"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(call: dict, message: str) -> None:

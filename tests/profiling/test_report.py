@@ -17,8 +17,8 @@ from vovnet.profiling import plots
 from vovnet.profiling.compare import Ratio
 from vovnet.profiling.html import to_html
 from vovnet.profiling.plots import profile_plots
-from vovnet.profiling.records import Profile
-from vovnet.profiling.report import plain_console, print_profile, to_csv
+from vovnet.profiling.records import Accuracy, Profile
+from vovnet.profiling.report import figure, plain_console, print_profile, to_csv
 
 
 def printed(value: Profile) -> str:
@@ -128,6 +128,22 @@ def test_the_page_holds_plots_figures_and_their_footing() -> None:
     assert "3 energy windows" in drawn[1].basis
     for text in ("stem.conv", "20.0 (19.6-20.4)", "nuclei test", "100 GFLOP/s fp32", "10.0 GB/s"):
         assert text in page, text
+
+
+def test_models_differ_in_a_plot_and_an_interval_may_lie_beside_its_figure() -> None:
+    value = two_models()
+    accuracy = Accuracy(value=0.5, metric="box AP", data="cells", low=0.52, high=0.56)
+    models = [replace(value.models[0], name=f"m{n}", accuracy=accuracy) for n in range(40)]
+    svg = profile_plots(replace(value, models=tuple(models)))[0].svg
+    drawn = re.findall(r'<use xlink:href="#(\w+)"[^>]* style="fill: (#\w+)', svg)
+    assert len(set(drawn)) == 40
+    assert "<h1>What an image costs: 40 models</h1>" in to_html(
+        replace(value, models=tuple(models)), []
+    )
+
+
+def test_a_rate_of_a_thousand_is_written_out() -> None:
+    assert [figure(x) for x in (999.9, 1234.0, 0.01234, None)] == ["1000", "1234", "0.0123", "-"]
 
 
 def test_ids_of_plots_do_not_meet() -> None:

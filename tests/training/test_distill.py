@@ -209,10 +209,10 @@ def test_timms_and_torchvisions_architectures_with_a_file(data, tmp_path):
         ("{}:one_mean", "teacher .*: expected a pretrained_cfg .*not enough values"),
         ("{}:nearest", "teacher .*: expected a pretrained_cfg .*'nearest'"),
         ("torchvision:ssd300_vgg16", "expected a known model that classifies, .*'ssd300_vgg16'"),
-        ("timm:nonet@no.pth", "expected a file, found none at no.pth"),
+        ("timm:nonet@no.pth", "a file or a model folder, found neither at no.pth"),
         ("no.py:make", "expected a Python file, found none at no.py"),
         ("torchvision:nonet", "torchvision:nonet: expected a known model"),
-        ("torchvision:resnet18@no.pth", "expected a file, found none at no.pth"),
+        ("torchvision:resnet18@no.pth", "a file or a model folder, found neither at no.pth"),
     ],
 )
 def test_wrong_teachers_are_named(function_file, spec, message):

@@ -89,7 +89,7 @@ def choose(
         print(json.dumps(_to_dict(choices, counted, profiles, task)))
     else:
         _print(choices, counted, profiles, task)
-    return 4 if limited and not any(not choice.reasons for choice in choices) else 0
+    return 4 if limited and chosen(choices) is None else 0
 
 
 def _given(folders: Sequence[str]) -> list[Target]:

@@ -168,7 +168,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if not path.is_file():
-        raise ConfigError(f"weights: expected a file, found none at {path}")
+        raise ConfigError(f"weights: expected a file or a model folder, found neither at {path}")
     if path.stat().st_size > MAX_WEIGHTS_BYTES:
         raise ConfigError(
             f"weights {path}: expected at most {MAX_WEIGHTS_BYTES} bytes, "

@@ -60,8 +60,9 @@ def verdict(choices: Sequence[Choice], task: str) -> str:
     why = "the only one that fits"
     if len(fitting) > 1:
         why = f"the most accurate of {len(fitting)} that fit"
-        if len({one.accuracy.data for one in fitting if one.accuracy}) > 1:
-            why += ", by accuracies of different data, which --data would compare"
+        figures = {(one.accuracy.metric, one.accuracy.data) for one in fitting if one.accuracy}
+        if len(figures) > 1:
+            why += ", by accuracies of different data or metrics, which --data would compare"
     facts = [best.accuracy.format()] if best.accuracy else []
     facts += [f"{best.time.median_ms:.1f} ms an image"] if best.time else []
     return f"chosen: {best.name} ({why}: {', '.join(facts)})"

@@ -8,12 +8,15 @@ from vovnet.profiling.plots import Plot
 from vovnet.profiling.records import ModelProfile, Profile
 from vovnet.profiling.report import COLUMNS, MISSING, figure, footing, milliseconds, reasons
 
+_MOST_NAMES = 3  # in a heading
 _STYLE = "figure svg { background: #fff }"  # matplotlib's ink is black
 
 
 def to_html(profile: Profile, plots: Sequence[Plot]) -> str:
     """The whole page: table, ratios, plots, stages and layers, each with hardware, n and date."""
     names = ", ".join(model.name for model in profile.models)
+    if len(profile.models) > _MOST_NAMES:
+        names = f"{len(profile.models)} models"
     parts = [
         f"<h1>What an image costs: {escape(names)}</h1>",
         html_paragraphs(footing(profile)[:1]),

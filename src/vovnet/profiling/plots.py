@@ -12,7 +12,7 @@ from vovnet.errors import ConfigError
 from vovnet.profiling.records import ModelProfile, Placement, Profile
 
 _MAX_BARS = 40
-_MARKERS = "osD^v<>P*X"  # the colours repeat after ten, so do these
+_MARKERS = "osD^v<>P*"  # one fewer than there are colours, so that both together do not repeat
 _LINEAR_SPAN = 8  # beyond it the cheap ones would lie on one another
 
 
@@ -87,19 +87,21 @@ def _accuracy_plot(
     figure = _figure(8.0, max(4.2, 0.5 + 0.22 * len(shown)))
     axes = figure.add_subplot()
     data = sorted({model.accuracy.data for model, _ in shown if model.accuracy})
+    labels: dict[str, Any] = {}
     for index, (model, (middle, low, high)) in enumerate(shown):
         one = model.accuracy
         assert one is not None
-        below = one.value - one.low if one.low is not None else 0
-        above = one.high - one.value if one.high is not None else 0
-        axes.errorbar(
+        # An interval by resamples of few pictures may lie beside its figure.
+        below = max(one.value - one.low, 0) if one.low is not None else 0
+        above = max(one.high - one.value, 0) if one.high is not None else 0
+        bars = axes.errorbar(
             middle,
             one.value,
             xerr=[[middle - low], [high - middle]],
             yerr=[[below], [above]],
             fmt=_MARKERS[index % len(_MARKERS)],
-            label=model.name if len(data) == 1 else f"{model.name} ({one.data})",
         )
+        labels[model.name if len(data) == 1 else f"{model.name} ({one.data})"] = bars.lines[0]
     costs = [cost for _, (_, low, high) in shown for cost in (low, high)]
     if min(costs) > 0 and max(costs) > _LINEAR_SPAN * min(costs):
         axes.set_xscale("log")
@@ -113,12 +115,15 @@ def _accuracy_plot(
     axes.set_xlabel(f"{label} ({unit}){interval}")
     metrics = " / ".join(sorted({m.accuracy.metric for m, _ in shown if m.accuracy}))
     axes.set_ylabel(f"{metrics} on {data[0]}" if len(data) == 1 else metrics)
-    names = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    names = axes.legend(
+        labels.values(), labels, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8
+    )
     for text in names.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3, which="both")
-    counts = "; ".join(f"{model.name}: {_basis(model)}" for model, _ in shown)
-    return Plot(title, _svg(figure, title), basis=counts)
+    bases = {_basis(model) for model, _ in shown}
+    each = "; ".join(f"{model.name}: {_basis(model)}" for model, _ in shown)
+    return Plot(title, _svg(figure, title), basis=bases.pop() if len(bases) == 1 else each)
 
 
 def _basis(model: ModelProfile) -> str:

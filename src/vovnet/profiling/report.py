@@ -19,7 +19,10 @@ Column = tuple[str, Callable[[ModelProfile, PointResult], str]]
 
 def figure(value: float | None, digits: int = 3, scale: float = 1.0) -> str:
     """A number in significant digits, or a dash where there is none."""
-    return MISSING if value is None else f"{value / scale:.{digits}g}"
+    if value is None:
+        return MISSING
+    shown = f"{value / scale:.{digits}g}"
+    return f"{value / scale:.0f}" if "e+" in shown else shown
 
 
 def milliseconds(value: float | None) -> str:
