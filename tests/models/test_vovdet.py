@@ -9,8 +9,9 @@ from torchvision.ops import roi_align
 from vovnet.errors import ConfigError
 from vovnet.models.boxes import Target
 from vovnet.models.deploy import DeployGraph, fold_batch_norms
+from vovnet.models.layers import NeckBlock
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
-from vovnet.models.pan import NeckBlock, Pan
+from vovnet.models.pan import Pan
 from vovnet.models.prototypes import cut_masks, grow_boxes
 from vovnet.models.roi import BitmapMasks
 from vovnet.models.vovdet import (

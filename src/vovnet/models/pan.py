@@ -1,16 +1,13 @@
 """A path aggregation network (Liu et al. 2018, PANet): strides 8, 16, 32."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3x3
+from vovnet.models.layers import ConvKind, ConvNormAct, NeckBlock, init_weights, make_conv3x3
 from vovnet.models.vovnet import OsaBlock, make_pool
-
-NeckBlock = Literal["osa", "conv"]
 
 
 class Pan(nn.Module):

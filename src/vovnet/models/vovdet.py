@@ -36,9 +36,8 @@ from vovnet.models.boxes import (
     grid_points,
     pad_rows,
 )
-from vovnet.models.layers import ConvKind, flatten_anchors, init_weights, make_conv3x3
+from vovnet.models.layers import ConvKind, NeckBlock, flatten_anchors, init_weights, make_conv3x3
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
-from vovnet.models.pan import NeckBlock
 from vovnet.models.prototypes import MASK_SIZE, cut_masks, grow_boxes
 
 STRIDES = (8, 16, 32)
