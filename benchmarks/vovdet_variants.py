@@ -100,6 +100,7 @@ VOVDET_VARIANTS = {
     BASE: Variant(change="nothing"),
     "fpn": Variant(change="neck: plain FPN, nothing goes up", neck=Fpn),
     "osa-neck": Variant(change="neck: PAN of OSA blocks", settings={"neck_block": "osa"}),
+    "conv-neck": Variant(change="neck: PAN of 3x3 convolutions", settings={"neck_block": "conv"}),
     "no-dfl": Variant(
         change="boxes: one number a side, GIoU alone",
         settings={"box_bins": 1, "distribution_weight": 0.0},
@@ -117,6 +118,7 @@ VOVDET_VARIANTS = {
     ),
     "aligned": Variant(change="assignment: task-aligned", settings={"assignment": "aligned"}),
     "ese": Variant(change="backbone: eSE, as V2", backbone={"attention": "ese"}),
+    "no-ese": Variant(change="backbone without eSE", backbone={"attention": "none"}),
     "slim": Variant(
         change="backbone: widths of 19-slim-dw",
         backbone={

@@ -30,16 +30,17 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """nuclei: 40 ms, 0.8 J, mask AP 0.5; the small folder: 10 ms, 0.1 J, no accuracy."""
 
     def measured(targets, settings):
-        (target,) = targets
-        time_ms, joules, accuracy = (
-            (40.0, 0.8, 0.5) if target.name == "nuclei" else (10.0, 0.1, None)
-        )
-        made = model(
-            target.name,
-            result(time_ms, joules=joules if settings.energy else None),
-            accuracy=accuracy,
-        )
-        return profile(replace(made, stages={WHOLE: timings(time_ms)}))
+        models = []
+        for target in targets:
+            time_ms, joules, accuracy = (
+                (40.0, 0.8, 0.5) if target.name == "nuclei" else (10.0, 0.1, None)
+            )
+            measured = result(time_ms, joules=joules if settings.energy else None)
+            if target.name == "broken":
+                measured = replace(measured, timings=None, error="cannot run")
+            made = model(target.name, measured, accuracy=accuracy)
+            models.append(replace(made, stages={WHOLE: timings(time_ms)}))
+        return profile(*models)
 
     monkeypatch.setattr(command, "profile_targets", measured)
 
@@ -125,7 +126,10 @@ def test_the_last_line_says_what_to_take(
 
 
 def test_a_folder_of_another_task_or_that_fails_falls_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model_folder: Path,
+    tmp_path: Path,
 ) -> None:
     architectures = ("--architectures", "fcos_lite_ese_vovnet19b_slim_dw", "--image-size", 64)
     arguments = (model_folder, "--task", "detect", "--max-ms", 1, *architectures, "--json")
@@ -134,14 +138,17 @@ def test_a_folder_of_another_task_or_that_fails_falls_out(
     (one,) = json.loads(out)["fell_out"]
     assert one["reasons"] == ["its task is segment"]
     assert "measuring" not in err
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    code, found = chosen(monkeypatch, capsys, model_folder, broken)
+    assert code == 0  # no limit was asked for
+    assert {one["name"]: one["reasons"] for one in found["fell_out"]}["broken"] == ["cannot run"]
 
     def fail(*arguments, **keywords):
-        raise ConfigError("small: cannot run: broken")
+        raise ConfigError("small: cannot run; broken: cannot run")
 
     monkeypatch.setattr(command, "profile_targets", fail)
-    code, found = chosen(monkeypatch, capsys, model_folder)
-    assert code == 0  # no limit was asked for
-    assert found["fell_out"][0]["reasons"] == ["small: cannot run: broken"]
+    assert run(monkeypatch, model_folder, broken) == 2
+    assert "small: cannot run; broken: cannot run" in capsys.readouterr().err
 
 
 def test_the_task_is_that_of_the_models(

@@ -12,8 +12,9 @@ from PIL import Image
 from vovnet.errors import ConfigError, DataError
 from vovnet.predict import Predictor
 from vovnet.training.config import TrainConfig, load_config, resume_config
+from vovnet.training.detect import DetectorTask
 from vovnet.training.report import ProgressReport, drop_records_after, read_records
-from vovnet.training.run import train
+from vovnet.training.run import TASKS, train
 from vovnet.training.task import TrainResult
 
 SMALL = {
@@ -214,6 +215,19 @@ def test_a_resumed_run_must_be_the_same(data_dir, finished):
 def test_settings_that_cannot_be_are_refused(data_dir, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(make_config(data_dir, tmp_path, **changes))
+
+
+def test_a_training_without_time_left_is_refused(data_dir, tmp_path, monkeypatch):
+    class SlowlyTaught(DetectorTask):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.spent_s = 90.0
+
+    monkeypatch.setitem(TASKS, "segment", SlowlyTaught)
+    message = r"max_minutes: expected more than the 1\.5 minutes .* teacher .*, got 1\.5"
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(data_dir, tmp_path / "runs", epochs=None, max_minutes=1.5))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bad_data_stops_or_is_left_out(data_dir, tmp_path):

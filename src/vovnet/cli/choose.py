@@ -20,7 +20,7 @@ from vovnet.profiling.choose import Candidate, Choice, chosen, rank, verdict
 from vovnet.profiling.compare import Sampling
 from vovnet.profiling.placing import image_counts
 from vovnet.profiling.profile import Settings, check_settings, profile_targets, sweep
-from vovnet.profiling.records import Counts, Profile
+from vovnet.profiling.records import Counts, ModelProfile, Profile, why_unmeasured
 from vovnet.profiling.report import figure, footing, milliseconds, plain, plain_console
 from vovnet.profiling.stages import WHOLE
 from vovnet.profiling.target import Target, distinct, find_target, parse_image_size
@@ -74,21 +74,26 @@ def choose(
     if data_dir is not None and task != "classify":
         require_split(data_dir, split)
     counted = {} if architectures is None else _count(task, architectures, settings)
-    profiles: list[Profile] = []
-    candidates = []
     targets = _with_bundled(given, task)
     limited = max_ms is not None or max_joules is not None
     if limited and not targets:
         raise ConfigError(f"expected model folders, since no bundled model is one to {task}")
+    profile, failures = _profile([one for one in targets if one.task == task], settings)
+    failures |= {one.name: f"its task is {one.task}" for one in targets if one.task != task}
+    candidates = []
     for target in targets:
-        if target.task == task:
-            print(f"vovnet: measuring {target.name}", file=sys.stderr)
-        candidates.append(_measure(target, task, data_dir, split, settings, profiles))
+        if target.name in failures:
+            error = failures[target.name]
+            candidates.append(Candidate(name=target.name, accuracy=None, time=None, error=error))
+        else:
+            assert profile is not None
+            model = next(model for model in profile.models if model.name == target.name)
+            candidates.append(_candidate(target, model, data_dir, split, settings))
     choices = rank(candidates, max_ms=max_ms, max_joules=max_joules)
     if as_json:
-        print(json.dumps(_to_dict(choices, counted, profiles, task)))
+        print(json.dumps(_to_dict(choices, counted, profile, task)))
     else:
-        _print(choices, counted, profiles, task)
+        _print(choices, counted, profile, task)
     return 4 if limited and chosen(choices) is None else 0
 
 
@@ -124,28 +129,30 @@ def _with_bundled(given: Sequence[Target], task: str) -> list[Target]:
     return distinct([*given, *added])
 
 
-def _measure(
-    target: Target,
-    task: str,
-    data_dir: Path | None,
-    split: str,
-    settings: Settings,
-    profiles: list[Profile],
+def _profile(
+    targets: Sequence[Target], settings: Settings
+) -> tuple[Profile | None, dict[str, str]]:
+    """The targets measured together, and why some could not be, by their names."""
+    if not targets:
+        return None, {}
+    names = ", ".join(target.name for target in targets)
+    print(f"vovnet: measuring {names}", file=sys.stderr)
+    profile = profile_targets(targets, settings)
+    reasons = {model.name: why_unmeasured(model.results) for model in profile.models}
+    return profile, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _candidate(
+    target: Target, model: ModelProfile, data_dir: Path | None, split: str, settings: Settings
 ) -> Candidate:
-    if target.task != task:
-        error = f"its task is {target.task}"
-        return Candidate(name=target.name, accuracy=None, time=None, error=error)
+    accuracy = model.accuracy
     try:
-        profile = profile_targets([target], settings)
-        accuracy = profile.models[0].accuracy
         if data_dir is not None and target.path is not None:
             accuracy = measure_accuracy(
                 target.path, data_dir, split=split, engine=settings.engine, device=settings.device
             )
     except ConfigError as error:
         return Candidate(name=target.name, accuracy=None, time=None, error=str(error))
-    profiles.append(profile)
-    model = profile.models[0]
     result = model.main
     network = None if result is None else result.timings
     return Candidate(
@@ -178,7 +185,7 @@ def _size(sides: Sides | None) -> str:
 def _to_dict(
     choices: Sequence[Choice],
     counted: dict[tuple[str, Sides], Counts],
-    profiles: Sequence[Profile],
+    profile: Profile | None,
     task: str,
 ) -> dict[str, Any]:
     best = chosen(choices)
@@ -191,8 +198,8 @@ def _to_dict(
             {"name": name, "image_size": size, **asdict(counts), "flops": counts.flops}
             for (name, size), counts in counted.items()
         ],
-        "machine": dict(profiles[0].machine) if profiles else None,
-        "method": list(profiles[0].method) if profiles else None,
+        "machine": dict(profile.machine) if profile else None,
+        "method": list(profile.method) if profile else None,
     }
 
 
@@ -203,7 +210,7 @@ def _choice_dict(choice: Choice) -> dict[str, Any]:
 def _print(
     choices: Sequence[Choice],
     counted: dict[tuple[str, Sides], Counts],
-    profiles: Sequence[Profile],
+    profile: Profile | None,
     task: str,
 ) -> None:
     console = plain_console()
@@ -227,7 +234,7 @@ def _print(
     console.print(table)
     if counted:
         console.print(_costs(counted, task, style))
-    for line in footing(profiles[0]) if profiles else []:
+    for line in footing(profile) if profile else []:
         console.print(plain(line), style="dim")
     console.print(plain(verdict(choices, task)), soft_wrap=True)
 

@@ -112,7 +112,9 @@ def choose(
         str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; default: 512, 224.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Least number of times.")] = 30,
-    max_seconds: Annotated[float, typer.Option(min=0, help="For each model.")] = 60.0,
+    max_seconds: Annotated[
+        float, typer.Option(min=0, help="Time after which no further rounds start.")
+    ] = 60.0,
     json: Json = False,
 ) -> None:
     """Find the most accurate model that fits a budget on this machine; 4 when none does."""

@@ -266,7 +266,8 @@ def method_lines(settings: Settings) -> tuple[str, ...]:
         f"{sampling.min_rounds}, then until each interval is within "
         f"{100 * sampling.precision:g} % or {sampling.max_s:g} s are over; the device is waited "
         "for after each batch. Intervals are 95 %: of a median by rank, of a ratio by bootstrap "
-        "over rounds.",
+        "over rounds. Stages from a file to results: one model after another, "
+        f"{sampling.min_rounds} times each.",
         f"Networks see {pixels}; "
         "BatchNorm is folded in model folders and architectures, not in other modules; bf16 and "
         "fp16 are torch's autocast.",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vovnet.errors import DataError, TrainingError
+from vovnet.errors import ConfigError, DataError, TrainingError
 from vovnet.training.checkpoint import Position
 from vovnet.training.optim import Ema, learning_rate_factor, set_learning_rate
 from vovnet.training.step import Batch, total_loss
@@ -64,6 +64,15 @@ class Budget:
             return min(1.0, position.step / self.total_steps)
         assert self.max_seconds is not None
         return min(1.0, position.spent_s / self.max_seconds)
+
+
+def check_time_left(max_minutes: float | None, spent_s: float) -> None:
+    """Raise ConfigError where a training's preparation has left it no time."""
+    if max_minutes is not None and spent_s >= 60 * max_minutes:
+        raise ConfigError(
+            f"max_minutes: expected more than the {spent_s / 60:.2g} minutes for which the teacher "
+            f"looked at the pictures, got {max_minutes:g}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

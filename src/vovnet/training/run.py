@@ -40,6 +40,7 @@ from vovnet.training.loop import (
     StepRecord,
     StopSignals,
     autocast_dtype,
+    check_time_left,
     count_batches,
     endless_batches,
     train_steps,
@@ -147,6 +148,8 @@ def _train(
             f"resume: expected the classes {', '.join(checkpoint.class_names)} as in "
             f"{checkpoint_file}, found {', '.join(task.class_names)}"
         )
+    if checkpoint is None:
+        check_time_left(config.max_minutes, task.spent_s)
     run = _prepare(config, task, device, report, world)
     # Nothing is written before all this has succeeded: a refused start leaves no trace.
     if checkpoint_file is not None:
