@@ -91,7 +91,6 @@ class Variant:
     change: str
     backbone: Mapping[str, Any] = field(default_factory=dict)  # settings of VoVNetConfig
     settings: Mapping[str, Any] = field(default_factory=dict)  # of VovDetConfig
-    maps: tuple[int, ...] = (2, 3, 4)  # of the backbone's five
     neck: Callable[[Sequence[int], VovDetConfig], nn.Module] = make_pan
     replaced: Mapping[str, Any] = field(default_factory=dict)  # names of vovnet.models.vovdet
 
@@ -130,9 +129,6 @@ VOVDET_VARIANTS = {
     "stride-4": Variant(
         change="one more level, of stride 4",
         settings={"level_limits": (32, 64, 128)},
-        maps=(1, 2, 3, 4),
-        # The head, the losses and the detections read their levels from these two.
-        replaced={"LEVELS": ("p2", "p3", "p4", "p5"), "STRIDES": (4, 8, 16, 32)},
     ),
 }
 
@@ -156,6 +152,6 @@ def build(variant: Variant, model: str, *, num_classes: int) -> VovDet:
     config = replace(base, num_classes=num_classes, **variant.settings)
     backbone_config = replace(BACKBONES[backbone_name], **variant.backbone)
     with replacing(variant.replaced):
-        backbone = VoVNetFeatures(backbone_config, out_indices=variant.maps)
+        backbone = VoVNetFeatures(backbone_config, out_indices=1 + len(config.level_limits))
         neck = variant.neck(backbone.feature_info.channels(), config)
         return VovDet(backbone, neck, VovDetHead(config), None, None, config)

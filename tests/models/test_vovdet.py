@@ -366,6 +366,25 @@ def test_a_thousand_objects_and_boxes_on_the_border() -> None:
         assert made.detect(raw, sizes)["boxes"].shape == (2, 1000, 4)
 
 
+def test_a_third_limit_adds_a_level_for_objects_that_stride_8_passes_by() -> None:
+    images, sizes = torch.randn(1, 3, 64, 96), sizes_of((64, 96))
+    tiny = [target_of([[5.0, 5, 10, 10]], masks=True)]  # between the locations of stride 8
+    coarse = detector("vovdet_seg")
+    assert float(coarse.loss(coarse(images), tiny, sizes)["loss_box"].detach()) == 0
+    fine = detector("vovdet_seg", level_limits=[32, 64, 128], score_threshold=0.0)
+    raw = fine(images)
+    assert [tuple(raw[f"p{n}"].shape[2:]) for n in (2, 3)] == [(16, 24), (8, 12)]
+    assert raw["prototypes"].shape[2:] == (16, 24)
+    assert raw["logits"].shape[1] == 16 * 24 * 85 // 64
+    losses = fine.loss(raw, tiny, sizes)
+    assert float(losses["loss_box"].detach()) > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in fine.parameters())
+    found = fine.eval().detect({name: value.detach() for name, value in raw.items()}, sizes)
+    assert found["mask_probs"].shape == (1, 100, 28, 28)
+    assert found["valid"].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     made = detector("vovdet_seg", score_threshold=0.0).eval()
@@ -426,6 +445,8 @@ def test_the_graph_chooses_without_suppression_or_open_shapes() -> None:
         ({"suppression": "soft"}, "suppression"),
         ({"score_threshold": 1.5}, "score_threshold"),
         ({"alignment_beta": -1.0}, "alignment_beta"),
+        ({"level_limits": [64]}, "level_limits: expected 2 or 3 numbers"),
+        ({"level_limits": [8, 16, 32, 64]}, "level_limits: expected 2 or 3 numbers"),
     ],
 )
 def test_a_wrong_setting_is_named(overrides: dict, name: str) -> None:

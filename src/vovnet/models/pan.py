@@ -1,4 +1,4 @@
-"""A path aggregation network (Liu et al. 2018, PANet): strides 8, 16, 32."""
+"""A path aggregation network (Liu et al. 2018, PANet): up to stride 32."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ class Pan(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Maps of strides 8, 16, 32 to maps (B, out_channels, H_l, W_l) of the same strides."""
+        """Maps, finest first, to maps (B, out_channels, H_l, W_l) of the same strides."""
         maps = [conv(feature) for conv, feature in zip(self.lateral, features, strict=True)]
         for level in range(len(maps) - 2, -1, -1):
             coarser = functional.interpolate(maps[level + 1], size=maps[level].shape[-2:])

@@ -7,8 +7,8 @@ peaks do (Zhou et al. 2019). Where one_to_one is set, a second head learns a sin
 each object beside it and detects (Wang et al. 2024, YOLOv10). Masks are sums of prototypes (Bolya
 et al. 2019, YOLACT).
 
-Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, C classes, N bins of a
-distance, P prototypes, M regions, K kept detections.
+Shapes: B images, L locations over the maps of strides 8, 16, 32, row by row, or 4 to 32, C classes,
+N bins of a distance, P prototypes, M regions, K kept detections.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,7 @@ from vovnet.models.layers import ConvKind, NeckBlock, flatten_anchors, init_weig
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
 from vovnet.models.prototypes import MASK_SIZE, cut_masks, grow_boxes
 
-STRIDES = (8, 16, 32)
-LEVELS = ("p3", "p4", "p5")
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}  # of the neck's maps by name; p2 where asked for
 # What is kept: what no better box of its class overlaps, the best of neighbours on a map, all.
 Suppression = Literal["nms", "peaks", "none"]
 Assignment = Literal["centers", "aligned"]
@@ -70,7 +69,8 @@ class VovDetConfig:
     # An object's locations: those about its centre, or those that predict it best.
     assignment: Assignment = "centers"
     center_radius: float = 1.5  # in strides
-    level_limits: tuple[int, int] = (64, 128)  # pixels, between the three levels
+    # Pixels, between the levels; three of them add the level of stride 4, for small objects.
+    level_limits: tuple[int, ...] = (64, 128)
     alignment_alpha: float = 0.5  # power of the score
     alignment_beta: float = 6.0  # power of the IoU
     locations_per_object: int = 10  # where they are aligned
@@ -133,11 +133,11 @@ def _make_tower(conv: ConvKind, channels: int, count: int) -> nn.Sequential:
 
 
 class VovDetHead(nn.Module):
-    """A LevelHead for each stride."""
+    """A LevelHead for each level."""
 
     def __init__(self, config: VovDetConfig) -> None:
         super().__init__()
-        self.levels = nn.ModuleList(LevelHead(config) for _ in STRIDES)
+        self.levels = nn.ModuleList(LevelHead(config) for _ in range(1 + len(config.level_limits)))
 
     def forward(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
         """logits (B, L, C), distributions (B, L, 4 * N) as logits; with masks coefficients
@@ -171,14 +171,16 @@ class VovDet(nn.Module):
         self.has_masks = prototype_head is not None
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Raw outputs: those of the head that detects, the pyramid as p3 to p5 (B, neck_channels,
-        H_l, W_l), and with masks prototypes (B, P, H / 4, W / 4).
+        """Raw outputs: those of the head that detects, the pyramid as p3 (or p2) to p5 (B,
+        neck_channels, H_l, W_l), and with masks prototypes (B, P, H / 4, W / 4).
         """
         pyramid = self.neck(self.backbone(images))
         found = self.many_head(pyramid) if self.one_head is None else self._one_to_one(pyramid)
-        raw: dict[str, Tensor] = found | dict(zip(LEVELS, pyramid, strict=True))
+        raw: dict[str, Tensor] = found | dict(
+            zip([*STRIDES][-len(pyramid) :], pyramid, strict=True)
+        )
         if self.prototype_head is not None:
-            raw["prototypes"] = self.prototype_head(pyramid[0])
+            raw["prototypes"] = self.prototype_head(raw["p3"])
         return raw
 
     def _one_to_one(self, pyramid: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -196,8 +198,8 @@ class VovDet(nn.Module):
         config = self.config
         if self.one_head is None:
             return head_losses(raw, targets, sizes, config, one_to_one=False)
-        shared = {name: raw[name] for name in ("prototypes", *LEVELS) if name in raw}
-        many = self.many_head([raw[level] for level in LEVELS])
+        shared = {name: raw[name] for name in ("prototypes", *levels_of(raw)) if name in raw}
+        many = self.many_head([raw[level] for level in levels_of(raw)])
         losses = head_losses(many | shared, targets, sizes, config, one_to_one=False)
         own = {name: value.detach() for name, value in shared.items()}
         single = head_losses(raw | own, targets, sizes, config, one_to_one=True)
@@ -225,11 +227,16 @@ class Locations:
     strides: Tensor  # (L, 1)
 
 
+def levels_of(raw: dict[str, Tensor]) -> list[str]:
+    """The names of the neck's maps among raw outputs, from the finest."""
+    return [name for name in STRIDES if name in raw]
+
+
 def locate(raw: dict[str, Tensor]) -> Locations:
     """The locations of raw outputs, in the order of their logits."""
     points, strides = [], []
-    for level, stride in zip(LEVELS, STRIDES, strict=True):
-        feature = raw[level]
+    for level in levels_of(raw):
+        feature, stride = raw[level], STRIDES[level]
         one = grid_points(feature.shape[-2], feature.shape[-1], stride, feature.device)
         points.append(one.to(raw["logits"].dtype))
         strides.append(torch.full_like(points[-1][:, :1], stride))
@@ -280,7 +287,7 @@ def head_losses(
             count=1 if one_to_one else config.locations_per_object,
             alpha=config.alignment_alpha,
             beta=config.alignment_beta,
-            least_side=STRIDES[0],
+            least_side=STRIDES[levels_of(raw)[0]],
         )
         for image, target in enumerate(targets)
     ]
@@ -350,7 +357,7 @@ def _mask_loss(
 
 def keep_peaks(raw: dict[str, Tensor]) -> Tensor:
     """The logits (B, L, C) that are highest within PEAK_WINDOW on their map, the others at -1e4."""
-    maps = [raw[level].shape[-2:] for level in LEVELS]
+    maps = [raw[level].shape[-2:] for level in levels_of(raw)]
     levels = raw["logits"].split([height * width for height, width in maps], dim=1)
     kept = []
     for logits, sides in zip(levels, maps, strict=True):

@@ -249,7 +249,9 @@ def _build_detector(
     family = _FAMILIES[type(config)]
     backbone = VoVNetFeatures(
         backbone_config,
-        out_indices=family.out_indices,
+        out_indices=_vovdet_maps(config)
+        if isinstance(config, VovDetConfig)
+        else family.out_indices,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
     )
@@ -297,6 +299,14 @@ def _build_refinedet(backbone: VoVNetFeatures, config: RefineDetConfig) -> Refin
 def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
     backbone.stages = backbone.stages[:3]  # it ends at stride 16
     return DSOD(backbone, DSODHead(backbone.feature_info.channels(), config), config)
+
+
+def _vovdet_maps(config: VovDetConfig) -> int:
+    """How many of the backbone's last maps it looks at: one more than there are limits."""
+    limits = config.level_limits
+    if len(limits) not in (2, 3):
+        raise ConfigError(f"model settings: level_limits: expected 2 or 3 numbers, got {limits}")
+    return 1 + len(limits)
 
 
 def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
