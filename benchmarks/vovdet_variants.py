@@ -19,7 +19,7 @@ from vovnet.models.layers import ConvKind, ConvNormAct, init_weights, make_conv3
 from vovnet.models.pan import Pan
 from vovnet.models.vovdet import VovDet, VovDetConfig, VovDetHead
 from vovnet.models.vovnet import VARIANTS as BACKBONES
-from vovnet.models.vovnet import VoVNetFeatures
+from vovnet.models.vovnet import OsaBlock, VoVNetFeatures
 from vovnet.models.zoo import SIZED
 
 BASE = "as-is"
@@ -34,14 +34,29 @@ def conv_of(config: VovDetConfig) -> ConvKind:
 
 def make_pan(in_channels: Sequence[int], config: VovDetConfig) -> Pan:
     """The neck as it is."""
-    return Pan(
-        in_channels,
-        out_channels=config.neck_channels,
-        block=config.neck_block,
-        conv_channels=config.neck_conv_channels,
-        layers=config.neck_layers,
-        conv=conv_of(config),
-    )
+    return Pan(in_channels, out_channels=config.neck_channels, conv=conv_of(config))
+
+
+def make_osa_pan(in_channels: Sequence[int], config: VovDetConfig) -> Pan:
+    """The neck with an OSA block, of three convolutions half as wide, for each fusion."""
+    width = config.neck_channels
+    neck = make_pan(in_channels, config)
+    for fusions in (neck.top_down, neck.bottom_up):
+        for index in range(len(fusions)):
+            fusions[index] = OsaBlock(
+                2 * width,
+                width // 2,
+                width,
+                layers=3,
+                conv=conv_of(config),
+                dilation=1,
+                attention="none",
+                identity=False,
+                norm="bn",
+                drop_path=0.0,
+            )
+    neck.apply(init_weights)
+    return neck
 
 
 class Fpn(nn.Module):
@@ -98,8 +113,7 @@ class Variant:
 VOVDET_VARIANTS = {
     BASE: Variant(change="nothing"),
     "fpn": Variant(change="neck: plain FPN, nothing goes up", neck=Fpn),
-    "osa-neck": Variant(change="neck: PAN of OSA blocks", settings={"neck_block": "osa"}),
-    "conv-neck": Variant(change="neck: PAN of 3x3 convolutions", settings={"neck_block": "conv"}),
+    "osa-neck": Variant(change="neck: PAN of OSA blocks", neck=make_osa_pan),
     "no-dfl": Variant(
         change="boxes: one number a side, GIoU alone",
         settings={"box_bins": 1, "distribution_weight": 0.0},
@@ -117,7 +131,6 @@ VOVDET_VARIANTS = {
     ),
     "aligned": Variant(change="assignment: task-aligned", settings={"assignment": "aligned"}),
     "ese": Variant(change="backbone: eSE, as V2", backbone={"attention": "ese"}),
-    "no-ese": Variant(change="backbone without eSE", backbone={"attention": "none"}),
     "slim": Variant(
         change="backbone: widths of 19-slim-dw",
         backbone={

@@ -64,7 +64,15 @@ def test_deformable_convolutions_add_their_offsets(size: str) -> None:
 
 def test_every_variant_is_counted() -> None:
     deformable = {f"ese_vovnet{size}_dcn_d2" for size in OFFSET_PARAMETERS}
-    assert set(VARIANTS) == {*COUNTS, *deformable, "vovnet19_thin_dw"}
+    assert set(VARIANTS) == {*COUNTS, *deformable, "vovnet19_thin_dw", "vovnet19_slim"}
+
+
+def test_the_slim_one_is_v2s_without_its_attention() -> None:
+    weights = create_model("ese_vovnet19b_slim").state_dict()
+    plain = create_model("vovnet19_slim")
+    left_out = {name for name in weights if ".attn." in name}
+    assert left_out
+    plain.load_state_dict({name: weights[name] for name in weights.keys() - left_out})
 
 
 def test_the_thin_one_has_the_widths_that_its_name_says() -> None:

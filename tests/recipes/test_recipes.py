@@ -109,6 +109,7 @@ def test_every_family_is_there() -> None:
         "fast",
         "finetune",
         "nuclei",
+        "nuclei_fast",
         "paper",
         "timm_ra",
         "vovdet",

@@ -17,7 +17,6 @@ SMALL = {
     "stage_conv_channels": [16, 16, 16, 16],
     "stage_out_channels": [32, 32, 32, 32],
     "neck_channels": 16,
-    "neck_conv_channels": 8,
 }
 
 

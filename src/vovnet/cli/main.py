@@ -48,6 +48,7 @@ def main() -> None:
     except (TrainingError, ImportError, OSError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
+        print("vovnet: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -27,6 +27,7 @@ COSTS: dict[str, tuple[int, int]] = {
     "eca_vovnet39b": (22_600_316, 7_072_240_128),
     "ese_vovnet39b_evos": (24_579_144, 7_074_193_408),
     "vovnet19_thin_dw": (1_313_656, 240_181_584),
+    "vovnet19_slim": (2_677_192, 1_679_727_104),
     "vovnet27_slim": (3_525_736, 2_176_695_296),
     "vovnet39": (22_600_296, 7_072_227_328),
     "vovnet57": (36_640_296, 8_930_144_256),
@@ -59,6 +60,7 @@ STAGE_5_PARAMETERS: dict[str, int] = {
     "eca_vovnet39b": 11_362_693,
     "ese_vovnet39b_evos": 12_416_576,
     "vovnet19_thin_dw": 454_224,
+    "vovnet19_slim": 983_200,
     "vovnet27_slim": 1_324_128,
     "vovnet39": 11_362_688,
     "vovnet57": 17_433_152,
@@ -89,20 +91,20 @@ DETECTOR_PARTS: dict[str, tuple[int, int, int, int]] = {
     "mask_rcnn_lite": (11_300_592, 11_134_704, 11_136_752, 11_122_416),
     "refinedet": (34_708_548, 30_252_100, 30_252_100, 30_022_724),
     "dsod": (10_910_188, 9_961_452, 9_961_452, 9_749_036),
-    "vovdet": (1_452_720, 1_342_128, 1_342_128, 1_335_984),
-    "vovdet_seg": (1_631_440, 1_520_848, 1_520_848, 1_514_704),
+    "vovdet": (1_488_432, 1_377_840, 1_377_840, 1_371_696),
+    "vovdet_seg": (1_667_152, 1_556_560, 1_556_560, 1_550_416),
 }
 """Parameters of neck and heads for 80 classes, by the width of stage 2: 256, 112, 128, 80."""
 
 SIZED_PARTS: dict[str, int] = {
     "vovdet_n": 193_584,
-    "vovdet_s": 1_342_128,
-    "vovdet_m": 2_461_104,
-    "vovdet_l": 3_731_632,
+    "vovdet_s": 1_377_840,
+    "vovdet_m": 2_525_104,
+    "vovdet_l": 3_832_112,
     "vovdet_n_seg": 211_536,
-    "vovdet_s_seg": 1_520_848,
-    "vovdet_m_seg": 2_773_072,
-    "vovdet_l_seg": 4_213_712,
+    "vovdet_s_seg": 1_556_560,
+    "vovdet_m_seg": 2_837_072,
+    "vovdet_l_seg": 4_314_192,
 }
 """The same of detectors whose name says the backbone too."""
 

@@ -14,7 +14,6 @@ from torchvision.ops import DeformConv2d, FrozenBatchNorm2d, deform_conv2d
 NormKind = Literal["bn", "frozen_bn", "gn", "evonorm_s0"]
 HeadNorm = Literal["none", "gn"]
 ConvKind = Literal["plain", "depthwise", "deformable"]
-NeckBlock = Literal["osa", "conv"]  # what joins two maps in a neck
 Attention = Literal["none", "ese", "eca", "se"]
 
 

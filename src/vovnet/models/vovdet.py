@@ -36,7 +36,7 @@ from vovnet.models.boxes import (
     grid_points,
     pad_rows,
 )
-from vovnet.models.layers import ConvKind, NeckBlock, flatten_anchors, init_weights, make_conv3x3
+from vovnet.models.layers import ConvKind, flatten_anchors, init_weights, make_conv3x3
 from vovnet.models.losses import distribution_focal_loss, mask_loss, quality_focal_loss
 from vovnet.models.prototypes import MASK_SIZE, cut_masks, grow_boxes
 
@@ -58,9 +58,6 @@ class VovDetConfig:
 
     num_classes: int = 80
     neck_channels: int = 96
-    neck_block: NeckBlock = "osa"
-    neck_conv_channels: int = 48  # of the 3x3 convolutions in the neck's OSA blocks
-    neck_layers: int = 3  # of these in a block
     depthwise: bool = False  # neck and box towers; class towers always are
     tower_convs: int = 2
     box_bins: int = 16

@@ -405,7 +405,7 @@ _V27_SLIM_V1 = VoVNetConfig(
 
 # Naming: `b` and `a` as in timm (eSE in the last block of a stage; V1 without identity), `_d2` =
 # eSE in every block, `_dcn` = deformable as in CenterMask2, plain `vovnetN` = the released V1 code
-# with identity, `_paper` = the V1 paper, `_thin` = ours.
+# with identity, `_paper` = the V1 paper; `vovnet19_thin_dw` and `vovnet19_slim` = ours, of VovDet.
 VARIANTS: dict[str, VoVNetConfig] = {
     "vovnet39a": replace(_V39, attention="none", identity=False),
     "vovnet57a": replace(_V57, attention="none", identity=False),
@@ -419,6 +419,7 @@ VARIANTS: dict[str, VoVNetConfig] = {
     "eca_vovnet39b": replace(_V39, attention="eca"),
     "ese_vovnet39b_evos": replace(_V39, norm="evonorm_s0"),
     "vovnet19_thin_dw": _V19_THIN_DW,
+    "vovnet19_slim": replace(_V19_SLIM, attention="none"),
     "vovnet27_slim": _V27_SLIM_V1,
     "vovnet39": replace(_V39, attention="none"),
     "vovnet57": replace(_V57, attention="none"),

@@ -54,13 +54,10 @@ DETECTORS: dict[str, DetectorConfig] = {
 }
 # Names of their own, without a backbone in them: VovDet in four sizes.
 _VOVDET_SIZES: dict[str, tuple[str, dict[str, Any]]] = {
-    "n": (
-        "vovnet19_thin_dw",
-        {"neck_channels": 64, "neck_block": "conv", "depthwise": True},
-    ),
-    "s": ("ese_vovnet19b_slim", {"neck_channels": 96, "neck_conv_channels": 48}),
-    "m": ("ese_vovnet19b", {"neck_channels": 128, "neck_conv_channels": 64}),
-    "l": ("ese_vovnet39b", {"neck_channels": 160, "neck_conv_channels": 80}),
+    "n": ("vovnet19_thin_dw", {"neck_channels": 64, "depthwise": True}),
+    "s": ("vovnet19_slim", {"neck_channels": 96}),
+    "m": ("ese_vovnet19b", {"neck_channels": 128}),
+    "l": ("ese_vovnet39b", {"neck_channels": 160}),
 }
 SIZED: dict[str, tuple[DetectorConfig, str]] = {
     f"vovdet_{size}{suffix}": (replace(DETECTORS[f"vovdet{suffix}"], **widths), backbone)
@@ -312,14 +309,7 @@ def _vovdet_maps(config: VovDetConfig) -> int:
 def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
     check_count("box_bins", config.box_bins, least=2)
     conv: ConvKind = "depthwise" if config.depthwise else "plain"
-    neck = Pan(
-        backbone.feature_info.channels(),
-        out_channels=config.neck_channels,
-        block=config.neck_block,
-        conv_channels=config.neck_conv_channels,
-        layers=config.neck_layers,
-        conv=conv,
-    )
+    neck = Pan(backbone.feature_info.channels(), out_channels=config.neck_channels, conv=conv)
     prototypes = None
     if isinstance(config, VovDetSegConfig):
         prototypes = PrototypeHead(config.neck_channels, config.prototypes, conv=conv)
