@@ -49,7 +49,7 @@ def config() -> TrainConfig:
 
 
 def fast_config() -> TrainConfig:
-    """The same pictures for VovDet; crops grow from half their side, so that it takes more steps."""
+    """The same pictures for VovDet, in crops that grow from half their side: more steps."""
     base = config()
     crops = {"output_size": (256, 256), "first_scale": 0.5, "saturation": 0.3, "hue": 0.015}
     return base.model_copy(
