@@ -76,6 +76,22 @@ def test_max_detections_and_thresholds(model_folder: Path) -> None:
         Predictor.load(model_folder, score_threshold={"bird": 0.5})
 
 
+def test_classes_without_a_threshold_of_their_own_keep_the_models(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    image = noise(64, 64)
+    everything = Predictor.load(model_folder)(image)
+    one = int(everything.labels[0])
+    scores = everything.scores[everything.labels == one]
+    middle = float(np.median(scores))
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"score_threshold": middle}
+    (folder / "config.json").write_text(json.dumps(config))
+    other = everything.class_names[1 - one]
+    found = Predictor.load(folder, score_threshold={other: 1.0})(image)
+    assert 0 < len(found) == (scores >= np.float32(middle)).sum() < len(scores)
+
+
 def test_pasting_equals_grid_sampling() -> None:
     rng = np.random.default_rng(0)
     for box in ([3.2, 4.7, 30.1, 20.9], [-8.0, -3.5, 12.0, 50.0], [0.0, 0.0, 40.0, 25.0]):

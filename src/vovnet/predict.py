@@ -22,8 +22,8 @@ ScoreThreshold = float | Mapping[str, float]
 class Predictor:
     """A detector with its preprocess and class names.
 
-    score_threshold hides detections below it: one number, or one per class name (classes not named
-    keep the detector's own threshold).
+    score_threshold hides detections below it: one number, or one per class name; classes not named
+    show everything, and with `load` keep the threshold of the model.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Predictor:
         if config.task == "classify":
             raise ConfigError(f"{folder}: expected a detector or segmenter, found a classifier")
         shown = config.score_threshold if score_threshold is None else score_threshold
+        if isinstance(shown, Mapping):
+            shown = dict.fromkeys(config.class_names, config.score_threshold or 0.0) | dict(shown)
         thresholds = _class_thresholds(shown, tuple(config.class_names))
         # What is not shown needs no mask; below it, nothing changes what is above.
         settings: dict[str, object] = {"min_score": float(thresholds.min())}

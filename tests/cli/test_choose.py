@@ -11,7 +11,6 @@ import pytest
 from tests.profiling.made_up import model, profile, result, timings
 from vovnet.cli import choose as command
 from vovnet.cli import main as command_line
-from vovnet.errors import ConfigError
 from vovnet.model_folder import BUNDLED_DIR
 from vovnet.profiling.records import Accuracy
 from vovnet.profiling.stages import WHOLE
@@ -33,7 +32,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(command, "bundled_models", lambda: {"nuclei": BUNDLED_DIR / "nuclei"})
 
-    def measured(targets, settings):
+    def measured(targets, settings, *, require_one):
+        assert not require_one  # what cannot run is a row of the table
         models = []
         for target in targets:
             time_ms, joules, accuracy = (
@@ -146,13 +146,8 @@ def test_a_folder_of_another_task_or_that_fails_falls_out(
     code, found = chosen(monkeypatch, capsys, model_folder, broken)
     assert code == 0  # no limit was asked for
     assert {one["name"]: one["reasons"] for one in found["fell_out"]}["broken"] == ["cannot run"]
-
-    def fail(*arguments, **keywords):
-        raise ConfigError("small: cannot run; broken: cannot run")
-
-    monkeypatch.setattr(command, "profile_targets", fail)
-    assert run(monkeypatch, model_folder, broken) == 2
-    assert "small: cannot run; broken: cannot run" in capsys.readouterr().err
+    code, found = chosen(monkeypatch, capsys, broken, "--max-ms", 1)
+    assert (code, found["chosen"]) == (4, None)
 
 
 def test_the_task_is_that_of_the_models(

@@ -156,12 +156,13 @@ def test_wrong_arguments_are_refused_before_anything_is_measured(
     assert "Traceback" not in error
 
 
-def test_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "profile_targets", interrupt)
     assert run(monkeypatch, "nuclei") == 130
+    assert capsys.readouterr().err == "vovnet: interrupted\n"
 
 
 def test_a_lost_device(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -440,6 +440,7 @@ def test_the_graph_chooses_without_suppression_or_open_shapes() -> None:
         ({"suppression": "soft"}, "suppression"),
         ({"score_threshold": 1.5}, "score_threshold"),
         ({"alignment_beta": -1.0}, "alignment_beta"),
+        ({"center_radius": 0.4}, "center_radius: expected 0.5 strides or more"),
         ({"level_limits": [64]}, "level_limits: expected 2 or 3 numbers"),
         ({"level_limits": [8, 16, 32, 64]}, "level_limits: expected 2 or 3 numbers"),
     ],

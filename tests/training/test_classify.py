@@ -237,6 +237,13 @@ def test_a_head_of_other_classes_is_not_taken_over(data_dir, tmp_path, finished)
     ]
 
 
+def test_weights_of_another_network_are_named(data_dir, tmp_path, model_folder):
+    config = make_config(data_dir, tmp_path, init=str(model_folder))
+    message = f"expected the weights of {config.model}, found those of .*fcos|centermask"
+    with pytest.raises(ConfigError, match=message):
+        ClassifierTask(config, skip_bad=False, device=CPU).build_model()
+
+
 def test_a_teacher_is_not_asked_before_the_model_is_right(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("vovnet.training.classify.load_teacher", None)
     config = make_config(data_dir, tmp_path, teacher="x", model_overrides={"no_such": 1})

@@ -205,6 +205,24 @@ def test_a_segmenter_needs_masks_of_its_teacher(data_dir, monkeypatch):
         DetectorTask(config, skip_bad=False, device=CPU)
 
 
+def test_a_teacher_stops_looking_when_the_time_is_over(data_dir, model_folder, monkeypatch):
+    asked = []
+
+    class Teacher:
+        class_names, has_masks = ("cat",), True
+
+        def detect(self, image):
+            asked.append(image)
+            return detections(class_names=("cat",))
+
+    monkeypatch.setattr("vovnet.training.detect.load_detector", lambda *a, **k: Teacher())
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr("vovnet.training.detect.time.monotonic", lambda: next(seconds))
+    with pytest.raises(ConfigError, match=r"max_minutes: expected more than .* teacher"):
+        make_task(data_dir, teacher=str(model_folder), epochs=None, max_minutes=0.5)
+    assert len(asked) == 1  # 20 s of 30; then 40 s
+
+
 def test_wrong_specifications_are_refused(classifier_folder, tmp_path):
     with pytest.raises(ConfigError, match="teacher nowhere: expected a model folder"):
         load_detector("nowhere", score=0.5, device=CPU)

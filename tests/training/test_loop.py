@@ -199,6 +199,10 @@ def test_a_time_budget_ends_the_training():
     budget = Budget(max_seconds=2.0)
     assert budget.spent_fraction(Position(spent_s=0.5)) == 0.25
     assert budget.spent_fraction(Position(spent_s=3.0)) == 1.0
+    # A teacher's time is no part of the schedule: after it the training is at its beginning.
+    assert budget.spent_fraction(Position(spent_s=1.0, taught_s=1.0)) == 0.0
+    assert budget.spent_fraction(Position(spent_s=1.5, taught_s=1.0)) == 0.5
+    assert budget.spent_fraction(Position(spent_s=2.0, taught_s=1.0)) == 1.0
 
 
 def test_a_time_budget_stops_the_loop():

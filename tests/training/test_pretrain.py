@@ -246,7 +246,7 @@ def test_features_that_are_all_alike_are_called_so(std, rank, is_useless):
     assert first.startswith("10.0% of 20 pictures known again")
     assert len(rest) == is_useless
     for warning in rest:
-        assert f"spread {std:.3f}, expected 0.05 or more; {rank:.1f} directions" in warning
+        assert ("spread" in warning, "directions" in warning) == (not std >= 0.05, rank < 1.5)
         assert "do not start a training from it" in warning
 
 

@@ -137,7 +137,7 @@ def _profile(
         return None, {}
     names = ", ".join(target.name for target in targets)
     print(f"vovnet: measuring {names}", file=sys.stderr)
-    profile = profile_targets(targets, settings)
+    profile = profile_targets(targets, settings, require_one=False)
     reasons = {model.name: why_unmeasured(model.results) for model in profile.models}
     return profile, {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -161,6 +161,7 @@ def _candidate(
         time=model.stages.get(WHOLE, network),
         energy=None if result is None else result.energy,
         engine=None if result is None else result.engine,
+        precision=None if result is None else result.point.precision,
         image_size=None if result is None else (result.point.height, result.point.width),
     )
 
@@ -223,7 +224,7 @@ def _print(
         one = choice.candidate
         cells = (
             one.name,
-            one.engine or "-",
+            ", ".join(filter(None, (one.engine, one.precision))) or "-",
             one.accuracy.format() if one.accuracy else "-",
             _size(one.image_size),
             "-" if one.time is None else f"{milliseconds(one.time.median_ms)} ms",

@@ -48,7 +48,6 @@ def main() -> None:
     except (TrainingError, ImportError, OSError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        print("vovnet: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,5 +1,6 @@
 """Options that several verbs share, and how a verb is run: its module loads when it is called."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,4 +35,9 @@ TestTimeViews = Annotated[
 def run_verb(verb: str, *arguments: Any) -> None:
     """Runs a verb's function, whose result is the exit code."""
     run: Any = load(COMMANDS[verb])
-    raise typer.Exit(run(*arguments))
+    try:
+        code = run(*arguments)
+    except KeyboardInterrupt:  # of which typer would say nothing
+        print("vovnet: interrupted", file=sys.stderr)
+        code = 130
+    raise typer.Exit(code)

@@ -121,7 +121,11 @@ def _compare_detections(expected: Arrays, found: Arrays) -> Iterator[tuple[str, 
         full = other["valid"].all(1)
         least = np.where(full, np.where(other["valid"], other["scores"], np.inf).min(1), 0.0)
         lost = alone & (one["scores"] > least[:, None] + TOLERANCES["scores"])
-        text = f"valid: expected the same detections, {int(lost.sum())} have no partner"
+        text = (
+            f"valid: expected the same detections, {int(lost.sum())} have no partner (a network "
+            "that has learnt little gives near-equal scores, of which a rounding error decides "
+            "what suppresses what: train it longer, or name other pictures by --images)"
+        )
         yield "valid", float(lost.sum()), text if lost.any() else ""
 
 

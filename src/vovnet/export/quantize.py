@@ -189,6 +189,7 @@ def _search(
     progress("measuring accuracy in int8")
     tried = _try(model, folder, trial, reference, {})
     if not tried.holds(max_drop):
+        progress("; ".join((*tried.unsound, *_problems(tried, max_drop))))
         names = layer_names(model)
         looked_at = _Feeds(reference.file, trial.preprocess, trial.looked_at)
         errors = _sorted(layer_errors(model, tried.model, looked_at))
@@ -198,6 +199,7 @@ def _search(
             tried = _try(model, folder, trial, reference, kept)
             if tried.holds(max_drop):
                 break
+            progress("; ".join((*tried.unsound, *_problems(tried, max_drop))))
         else:
             problems = (*tried.unsound, *_problems(tried, max_drop))
             blamed = _by_weight(errors, names)[:_BLAMED]

@@ -308,6 +308,11 @@ def _vovdet_maps(config: VovDetConfig) -> int:
 
 def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
     check_count("box_bins", config.box_bins, least=2)
+    if config.center_radius < 0.5:
+        raise ConfigError(
+            "model settings: center_radius: expected 0.5 strides or more, below which objects lie "
+            f"between locations, got {config.center_radius}"
+        )
     conv: ConvKind = "depthwise" if config.depthwise else "plain"
     neck = Pan(backbone.feature_info.channels(), out_channels=config.neck_channels, conv=conv)
     prototypes = None

@@ -17,6 +17,7 @@ class Candidate:
     time: Timings | None
     energy: EnergyResult | None = None
     engine: str | None = None
+    precision: str | None = None
     image_size: tuple[int, int] | None = None
     """Height and width in pixels of the picture that was timed."""
     error: str | None = None
@@ -95,7 +96,7 @@ def _slow(time: Timings, max_ms: float) -> str:
     if time.median_ms <= max_ms:
         return f"not surely fast enough: {time.median_ms:.1f} ms, {interval}"
     return (
-        f"too slow by {time.median_ms - max_ms:.1f} ms ({time.median_ms / max_ms:.2f} x the limit; "
+        f"too slow by {time.median_ms - max_ms:.1f} ms ({time.median_ms / max_ms:.3g} x the limit; "
         f"{interval})"
     )
 

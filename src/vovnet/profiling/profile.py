@@ -135,13 +135,15 @@ def profile_targets(
     *,
     accuracies: Mapping[str, Accuracy] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    require_one: bool = True,
 ) -> Profile:
     """Profile several targets together; ratios are to the first.
 
     A point that one target cannot run (out of memory, a precision the device lacks) is reported
     with its reason, and the sweep goes on; so is a target that runs at none. A file of one size
     runs at that size. `accuracies` go over those that folders record.
-    Raises ConfigError when no target runs at any point, OSError when the device was lost.
+    Raises ConfigError when no target runs at any point and require_one is set, OSError when the
+    device was lost.
     """
     settings = settings or Settings()
     if len({target.name for target in targets}) < len(targets) or not targets:
@@ -150,7 +152,7 @@ def profile_targets(
         )
     threads_before = torch.get_num_threads()
     try:
-        return _profile(targets, settings, accuracies or {}, progress)
+        return _profile(targets, settings, accuracies or {}, progress, require_one)
     finally:
         torch.set_num_threads(threads_before)
 
@@ -160,6 +162,7 @@ def _profile(
     settings: Settings,
     accuracies: Mapping[str, Accuracy],
     progress: Callable[[str], None],
+    require_one: bool,
 ) -> Profile:
     device = choose_device(settings.device)
     meter = _open_meter(settings.energy)
@@ -176,7 +179,7 @@ def _profile(
         if number == 0:
             ratios = tuple(with_sizes(one, measured.results) for one in measured.comparison.ratios)
             networks = measured.networks
-    _require_one_result(results, progress)
+    _report_unmeasured(results, progress, require_one)
     if points[0].threads is not None:  # the sweep has left it at its last point's
         torch.set_num_threads(points[0].threads)
     ceilings = _ceilings(device, points[0], settings, progress)
@@ -305,8 +308,7 @@ def _point_result(
     try:
         counts = image_counts(target, point)
     except (ConfigError, DataError, ImportError, RuntimeError) as failure:
-        uncounted = f"not counted: {explain(failure, name)}"
-        error = f"{uncounted}; {error}" if error else uncounted
+        error = error or f"not counted: {explain(failure, name)}"
     if network is None or name not in comparison.times_s:
         return PointResult(
             point=point, engine="", device=settings.device, counts=counts, error=error
@@ -346,12 +348,14 @@ def _open_meter(wanted: bool) -> Meter | EnergyResult | None:
         return EnergyResult(unavailable=str(error))
 
 
-def _require_one_result(
-    results: Mapping[str, Sequence[PointResult]], progress: Callable[[str], None]
+def _report_unmeasured(
+    results: Mapping[str, Sequence[PointResult]],
+    progress: Callable[[str], None],
+    require_one: bool,
 ) -> None:
     reasons = {name: why_unmeasured(measured) for name, measured in results.items()}
     lines = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
-    if len(lines) == len(results):
+    if len(lines) == len(results) and require_one:
         raise ConfigError("; ".join(lines))
     for line in lines:
         progress(f"not measured: {line}")
@@ -386,7 +390,7 @@ def _model_profile(
         kind=target.kind,
         task=target.task,
         input="random pixels" if settings.image is None else printable(settings.image.name),
-        accuracy=known_accuracy(target),
+        accuracy=known_accuracy(target, results[0].engine),
         results=results,
         stages=stages,
         cold_start=cold_start,

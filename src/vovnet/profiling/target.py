@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vovnet.classify import Classifier
 from vovnet.errors import ConfigError
-from vovnet.exported import is_export, read_export_info
+from vovnet.exported import find_export, is_export, read_export_info
 from vovnet.graph_file import is_graph_file
 from vovnet.images import read_image
 from vovnet.model_folder import ModelConfig, bundled_models, load_config, name_of, resolve_model
@@ -264,13 +264,15 @@ def image_shape(shape: Sequence[Any], point: Point) -> list[int]:
     return [one if isinstance(one, int) else want for one, want in zip(shape, wanted, strict=True)]
 
 
-def known_accuracy(target: Target) -> Accuracy | None:
-    """The figure that a model folder records, a file in eight bits its own, or that timm publishes
-    of weights named with their tag; None of anything else.
+def known_accuracy(target: Target, engine: str = "torch") -> Accuracy | None:
+    """The figure that a model folder records, a file in eight bits its own, be it the target or
+    what `engine` runs of a folder, or that timm publishes of weights named with their tag; None of
+    anything else.
     """
     if target.kind == "folder" and target.path is not None:
         config = load_config(target.path)
-        int8 = read_export_info(target.path).int8 if is_export(target.path) else None
+        file = target.path if is_export(target.path) else find_export(target.path, engine)
+        int8 = read_export_info(file).int8 if file else None
         if int8 is not None:
             data = f"{int8.pictures} pictures of {printable(int8.split)}, in eight bits"
             return Accuracy(value=int8.accuracy, metric=_INT8_METRICS[int8.metric], data=data)

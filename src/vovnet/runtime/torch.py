@@ -225,7 +225,10 @@ def build_model(folder: Path, *, overrides: Mapping[str, object] | None = None) 
             f"{folder}: model_args: expected num_classes {len(config.class_names)} (one per class "
             f"name) and overrides, found num_classes {num_classes} and {sorted(arguments)}"
         )
-    model = create_model(config.architecture, num_classes=num_classes, overrides=settings)
+    try:
+        model = create_model(config.architecture, num_classes=num_classes, overrides=settings)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
     tensors = {name: torch.from_numpy(value) for name, value in load_tensors(folder).items()}
     load_into(model, tensors, where=str(folder))
     return model.eval()

@@ -72,7 +72,7 @@ def build_model(config: TrainConfig, class_names: Sequence[str], *, notes: list[
         own = {name for name in backbone_of(model).state_dict() if not name.startswith("head.")}
         notes.append(f"{where}: {len(own & tensors.keys())} tensors loaded")
     if config.init is not None:
-        _load_trained(model, config.init, class_names, notes=notes)
+        _load_trained(model, config.init, config.model, class_names, notes=notes)
     return model
 
 
@@ -107,18 +107,33 @@ def frozen_parts(model: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _load_trained(
-    model: nn.Module, folder_or_name: str, class_names: Sequence[str], *, notes: list[str]
+    model: nn.Module,
+    folder_or_name: str,
+    architecture: str,
+    class_names: Sequence[str],
+    *,
+    notes: list[str],
 ) -> None:
     """Loads a model folder's weights; layers of other classes keep their random ones."""
     folder = resolve_model(folder_or_name)
-    same_classes = load_config(folder).class_names == list(class_names)
+    trained = load_config(folder)
+    same_classes = trained.class_names == list(class_names)
     tensors = {name: torch.from_numpy(value) for name, value in load_arrays(folder).items()}
     others = {
         name: own
         for name, own in model.state_dict().items()
         if name.rpartition(".")[0].endswith(_CLASS_LAYERS) and name in tensors and not same_classes
     }
-    load_tensors(model, tensors | others, where=f"init {folder}")
+    try:
+        load_tensors(model, tensors | others, where=f"init {folder}")
+    except ConfigError as error:
+        if trained.architecture == architecture:
+            raise
+        hint = "" if trained.class_names else "; a backbone goes to --backbone-weights"
+        raise ConfigError(
+            f"init {folder}: expected the weights of {architecture}, found those of "
+            f"{trained.architecture}{hint}"
+        ) from error
     random = f", {len(others)} of other classes left random" if others else ""
     notes.append(f"init {folder}: {len(tensors) - len(others)} tensors loaded{random}")
 

@@ -28,6 +28,7 @@ class Position:
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished batches of the epoch under way
     spent_s: float = 0.0  # wall time, evaluations included
+    taught_s: float = 0.0  # of these, before the first step, with a teacher
     evaluated_s: float = 0.0  # spent_s at the latest evaluation
     evaluated_step: int = 0  # step at the latest evaluation
     best_metric: float = -1.0
@@ -35,6 +36,11 @@ class Position:
     evaluations_since_best: int = 0
     window_steps: int = 0  # steps since the latest line of metrics.jsonl
     window_losses: dict[str, float] = field(default_factory=dict)  # their sums over these steps
+
+    @property
+    def trained_s(self) -> float:
+        """Wall time since the first step."""
+        return self.spent_s - self.taught_s
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from vovnet.training.build import build_model, model_overrides, preprocess_field
 from vovnet.training.checkpoint import Position
 from vovnet.training.config import TrainConfig
 from vovnet.training.detect_teacher import UNSURE, load_detector, teach
-from vovnet.training.loop import StopSignals, epoch_order
+from vovnet.training.loop import StopSignals, check_time_left, epoch_order
 from vovnet.training.package import provenance
 from vovnet.training.step import DetectorStep, LossStep
 from vovnet.training.task import ADVICE
@@ -60,13 +60,13 @@ class DetectorTask:
             build_model(config, self.class_names, notes=[])
             self.train_data = self._taught(config.teacher, device)
         self.spent_s = time.monotonic() - started_s
+        if all(one.is_ignored for image in self.train_data.images for one in image.annotations):
+            raise DataError(f"{config.data}: expected labelled objects to learn, found none")
         if task_of(config.model) == "segment" and not has_masks(self.train_data):
             raise DataError(
                 f"{config.data}: expected masks to train {config.model} on, found none; choose a "
                 "detector, or data with masks"
             )
-        if all(one.is_ignored for image in self.train_data.images for one in image.annotations):
-            raise DataError(f"{config.data}: expected labelled objects to learn, found none")
         self.dataset = TrainDataset(
             self.train_data, self.preprocess, preset=preset, seed=config.seed
         )
@@ -150,12 +150,16 @@ class DetectorTask:
     def _taught(self, spec: str, device: torch.device) -> DetectionData:
         """The training data with what a teacher finds beside their labels."""
         score, where = self.config.teacher_score, f"teacher {spec}"
+        started_s = time.monotonic()
         lessons = teach(
             self.train_data,
             load_detector(spec, score=UNSURE * score, device=device),
             score=score,
             with_masks=task_of(self.config.model) == "segment",
             where=where,
+            check_time=lambda: check_time_left(
+                self.config.max_minutes, time.monotonic() - started_s
+            ),
         )
         self.notes.append(f"{where}: {lessons.describe()}")
         return lessons.data

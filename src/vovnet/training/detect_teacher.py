@@ -109,12 +109,14 @@ def teach(
     score: float,
     with_masks: bool,
     where: str,
+    check_time: Callable[[], None] = lambda: None,
 ) -> Lessons:
     """The data with the teacher's detections of its classes that no label accounts for.
 
     Those from `score` on are objects, with_masks with their masks; those from UNSURE times that on
     are difficult. Raises ConfigError where the two share no class, or masks are wanted that the
-    teacher does not have, and ImageError on a bad picture.
+    teacher does not have, and ImageError on a bad picture; check_time, asked before each picture,
+    raises what ends it.
     """
     if with_masks and not teacher.has_masks:
         raise ConfigError(f"{where}: expected a segmenter, got a detector without masks")
@@ -129,6 +131,7 @@ def teach(
     unknown: Counter[str] = Counter()
     added: Counter[bool] = Counter()
     for record in data.images:
+        check_time()
         found = teacher.detect(read_image(record.path, expected_size=(record.height, record.width)))
         names = [found.class_names[label] for label in found.labels]
         sure = found.scores >= UNSURE * score

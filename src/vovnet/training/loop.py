@@ -59,11 +59,11 @@ class Budget:
         return cls(total_steps=max(1, math.ceil(epochs * batches_per_epoch)))
 
     def spent_fraction(self, position: Position) -> float:
-        """Share of the training that is done, 0..1."""
+        """Share of the training that is done, 0..1; what a teacher took before it is no part."""
         if self.total_steps is not None:
             return min(1.0, position.step / self.total_steps)
         assert self.max_seconds is not None
-        return min(1.0, position.spent_s / self.max_seconds)
+        return min(1.0, position.trained_s / max(self.max_seconds - position.taught_s, 1e-9))
 
 
 def check_time_left(max_minutes: float | None, spent_s: float) -> None:

@@ -92,12 +92,15 @@ class PretrainMetrics:
         return f"{text}\n{self._warning()}" if self.is_useless else text
 
     def _warning(self) -> str:
+        found = []
+        if not self.feature_std >= LEAST_STD:
+            found.append(f"spread {self.feature_std:.3f}, expected {LEAST_STD:g} or more")
+        if not self.feature_rank >= LEAST_RANK:
+            found.append(f"{self.feature_rank:.1f} directions, expected {LEAST_RANK:g} or more")
         return (
-            f"warning: all pictures look nearly alike to this backbone (spread "
-            f"{self.feature_std:.3f}, expected {LEAST_STD:g} or more; {self.feature_rank:.1f} "
-            f"directions, expected {LEAST_RANK:g} or more): it has not learnt yet, or has "
-            "collapsed; do not start a training from it, but pretrain longer or on more pictures, "
-            "and where that does not help at a lower learning rate"
+            f"warning: all pictures look nearly alike to this backbone ({'; '.join(found)}): it "
+            "has not learnt yet, or has collapsed; do not start a training from it, but pretrain "
+            "longer or on more pictures, and where that does not help at a lower learning rate"
         )
 
 
@@ -105,7 +108,10 @@ class PretrainTask:
     """The pretraining of a backbone as `train` runs it; see its Task."""
 
     chooses_best = False
-    advice = "start from it: vovnet train --backbone-weights {folder} --model ... --data ..."
+    advice = (
+        "with no warning above, start from it: "
+        "vovnet train --backbone-weights {folder} --model ... --data ..."
+    )
     class_names: tuple[str, ...] = ()
 
     def __init__(self, config: TrainConfig, *, skip_bad: bool, device: torch.device) -> None:

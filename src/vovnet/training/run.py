@@ -159,7 +159,7 @@ def _train(
     if checkpoint is not None:
         _restore(run, checkpoint)
     else:
-        run.position.spent_s = task.spent_s
+        run.position.spent_s = run.position.taught_s = task.spent_s
     if world.is_main:
         atomic_write_text(run.folder / "config.yaml", config_to_yaml(config))
         if config.tensorboard:
@@ -350,7 +350,7 @@ def _log_step(run: _Run, step: StepRecord, epoch: float, fraction: float) -> Non
         "gradient_norm": step.gradient_norm,
         "images_per_s": run.world.size * images / max(seconds, 1e-9),
         "waiting_for_data": waited_s / max(seconds, 1e-9),
-        "eta_s": position.spent_s * (1.0 - fraction) / fraction if fraction > 0 else None,
+        "eta_s": position.trained_s * (1.0 - fraction) / fraction if fraction > 0 else None,
         "spent_s": position.spent_s,
     }
     run.report.step(record, fraction)
