@@ -123,7 +123,7 @@ def test_no_gate_opens_and_no_card_is_written_for_what_did_not_run(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["no-such-model"], 2, "expected a model folder, a bundled model (nuclei)"),
+        (["no-such-model"], 2, "expected a model folder, a bundled model (nuclei, nuclei_fast)"),
         (["missing.onnx"], 2, "missing.onnx: expected an ONNX file"),
         (["nuclei", "nuclei"], 2, "expected different models"),
         (["nuclei", "--image-size", "big"], 2, "image size: expected SIDE or HEIGHTxWIDTH"),
