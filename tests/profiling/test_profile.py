@@ -282,6 +282,16 @@ def test_a_file_in_eight_bits_has_its_own_figure(tmp_path: Path) -> None:
     assert accuracy is not None
     assert (accuracy.value, accuracy.metric) == (0.25, "box AP")
     assert accuracy.data == "7 pictures of val, in eight bits"
+    # So has the folder that it lies in, where an engine runs it.
+    beside = tmp_path / "model" / "openvino" / "model.xml"
+    beside.parent.mkdir(parents=True)
+    beside.write_text(path.read_text())
+    (tmp_path / "model" / "config.json").write_text(config.model_dump_json())
+    target = find_target(str(tmp_path / "model"))
+    assert known_accuracy(target, "openvino") == accuracy
+    by_torch = known_accuracy(target, "torch")
+    assert by_torch is not None
+    assert by_torch.value == 0.26
 
 
 def test_published_weights_by_their_name_have_timms_figure() -> None:
