@@ -78,17 +78,11 @@ def choose(
     limited = max_ms is not None or max_joules is not None
     if limited and not targets:
         raise ConfigError(f"expected model folders, since no bundled model is one to {task}")
-    profile, failures = _profile([one for one in targets if one.task == task], settings)
-    failures |= {one.name: f"its task is {one.task}" for one in targets if one.task != task}
-    candidates = []
-    for target in targets:
-        if target.name in failures:
-            error = failures[target.name]
-            candidates.append(Candidate(name=target.name, accuracy=None, time=None, error=error))
-        else:
-            assert profile is not None
-            model = next(model for model in profile.models if model.name == target.name)
-            candidates.append(_candidate(target, model, data_dir, split, settings))
+    profile = _profile([target for target in targets if target.task == task], settings)
+    models = {} if profile is None else {model.name: model for model in profile.models}
+    candidates = [
+        _candidate(target, models.get(target.name), data_dir, split, settings) for target in targets
+    ]
     choices = rank(candidates, max_ms=max_ms, max_joules=max_joules)
     if as_json:
         print(json.dumps(_to_dict(choices, counted, profile, task)))
@@ -129,22 +123,28 @@ def _with_bundled(given: Sequence[Target], task: str) -> list[Target]:
     return distinct([*given, *added])
 
 
-def _profile(
-    targets: Sequence[Target], settings: Settings
-) -> tuple[Profile | None, dict[str, str]]:
-    """The targets measured together, and why some could not be, by their names."""
+def _profile(targets: Sequence[Target], settings: Settings) -> Profile | None:
+    """The targets measured together, None of none."""
     if not targets:
-        return None, {}
+        return None
     names = ", ".join(target.name for target in targets)
     print(f"vovnet: measuring {names}", file=sys.stderr)
-    profile = profile_targets(targets, settings, require_one=False)
-    reasons = {model.name: why_unmeasured(model.results) for model in profile.models}
-    return profile, {name: reason for name, reason in reasons.items() if reason is not None}
+    return profile_targets(targets, settings, require_one=False)
 
 
 def _candidate(
-    target: Target, model: ModelProfile, data_dir: Path | None, split: str, settings: Settings
+    target: Target,
+    model: ModelProfile | None,
+    data_dir: Path | None,
+    split: str,
+    settings: Settings,
 ) -> Candidate:
+    """What was measured of a target; no model is there of one of another task."""
+    if model is None:
+        return Candidate(name=target.name, error=f"its task is {target.task}")
+    reason = why_unmeasured(model.results)
+    if reason is not None:
+        return Candidate(name=target.name, error=reason)
     accuracy = model.accuracy
     try:
         if data_dir is not None and target.path is not None:
@@ -152,7 +152,7 @@ def _candidate(
                 target.path, data_dir, split=split, engine=settings.engine, device=settings.device
             )
     except ConfigError as error:
-        return Candidate(name=target.name, accuracy=None, time=None, error=str(error))
+        return Candidate(name=target.name, error=str(error))
     result = model.main
     network = None if result is None else result.timings
     return Candidate(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,26 +244,28 @@ def _build_detector(
         settings = settings | {"num_classes": num_classes}
     config = replace(config, **settings)
     check_settings(config)
-    family = _FAMILIES[type(config)]
-    backbone = VoVNetFeatures(
-        backbone_config,
-        out_indices=_vovdet_maps(config)
-        if isinstance(config, VovDetConfig)
-        else family.out_indices,
-        in_chans=in_chans,
-        drop_path_rate=drop_path_rate,
+    make_backbone = partial(
+        VoVNetFeatures, backbone_config, in_chans=in_chans, drop_path_rate=drop_path_rate
     )
-    return family.build(backbone, config)
+    return _FAMILIES[type(config)].build(make_backbone, config)
 
 
-def _build_fcos(backbone: VoVNetFeatures, config: FCOSConfig) -> FCOS:
+_MakeBackbone = Callable[..., VoVNetFeatures]  # with out_indices, the maps that a detector looks at
+_STAGES_3_TO_4 = (2, 3)
+_STAGES_3_TO_5 = (2, 3, 4)
+_STAGES_2_TO_5 = (1, 2, 3, 4)
+
+
+def _build_fcos(make_backbone: _MakeBackbone, config: FCOSConfig) -> FCOS:
     check_groups("neck_channels", [config.neck_channels], groups=32)
+    backbone = make_backbone(out_indices=_STAGES_3_TO_5)
     neck = FPN(backbone.feature_info.channels(), out_channels=config.neck_channels)
     head = FCOSHead(config.neck_channels, config.num_classes, tower_convs=config.tower_convs)
     return FCOS(backbone, neck, head, config)
 
 
-def _build_centermask(backbone: VoVNetFeatures, config: CenterMaskConfig) -> CenterMask:
+def _build_centermask(make_backbone: _MakeBackbone, config: CenterMaskConfig) -> CenterMask:
+    fcos = _build_fcos(make_backbone, config)
     mask_head = MaskHead(
         config.neck_channels, config.mask_channels, config.num_classes, convs=config.mask_convs
     )
@@ -273,10 +276,11 @@ def _build_centermask(backbone: VoVNetFeatures, config: CenterMaskConfig) -> Cen
         convs=config.mask_convs,
         width=config.mask_iou_width,
     )
-    return CenterMask(_build_fcos(backbone, config), mask_head, mask_iou_head, config)
+    return CenterMask(fcos, mask_head, mask_iou_head, config)
 
 
-def _build_faster_rcnn(backbone: VoVNetFeatures, config: RCNNConfig) -> FasterRCNN:
+def _build_faster_rcnn(make_backbone: _MakeBackbone, config: RCNNConfig) -> FasterRCNN:
+    backbone = make_backbone(out_indices=_STAGES_2_TO_5)
     neck = PooledFPN(
         backbone.feature_info.channels(), out_channels=config.neck_channels, norm=config.head_norm
     )
@@ -284,35 +288,33 @@ def _build_faster_rcnn(backbone: VoVNetFeatures, config: RCNNConfig) -> FasterRC
     return FasterRCNN(backbone, neck, rpn, BoxHead(config), config)
 
 
-def _build_mask_rcnn(backbone: VoVNetFeatures, config: MaskRCNNConfig) -> MaskRCNN:
-    return MaskRCNN(_build_faster_rcnn(backbone, config), FCNMaskHead(config), config)
+def _build_mask_rcnn(make_backbone: _MakeBackbone, config: MaskRCNNConfig) -> MaskRCNN:
+    return MaskRCNN(_build_faster_rcnn(make_backbone, config), FCNMaskHead(config), config)
 
 
-def _build_refinedet(backbone: VoVNetFeatures, config: RefineDetConfig) -> RefineDet:
+def _build_refinedet(make_backbone: _MakeBackbone, config: RefineDetConfig) -> RefineDet:
+    backbone = make_backbone(out_indices=_STAGES_3_TO_5)
     head = RefineDetHead(backbone.feature_info.channels(), config)
     return RefineDet(backbone, head, config)
 
 
-def _build_dsod(backbone: VoVNetFeatures, config: DSODConfig) -> DSOD:
+def _build_dsod(make_backbone: _MakeBackbone, config: DSODConfig) -> DSOD:
+    backbone = make_backbone(out_indices=_STAGES_3_TO_4)
     backbone.stages = backbone.stages[:3]  # it ends at stride 16
     return DSOD(backbone, DSODHead(backbone.feature_info.channels(), config), config)
 
 
-def _vovdet_maps(config: VovDetConfig) -> int:
-    """How many of the backbone's last maps it looks at: one more than there are limits."""
+def _build_vovdet(make_backbone: _MakeBackbone, config: VovDetConfig) -> VovDet:
+    check_count("box_bins", config.box_bins, least=2)
     limits = config.level_limits
     if len(limits) not in (2, 3):
         raise ConfigError(f"model settings: level_limits: expected 2 or 3 numbers, got {limits}")
-    return 1 + len(limits)
-
-
-def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
-    check_count("box_bins", config.box_bins, least=2)
     if config.center_radius < 0.5:
         raise ConfigError(
             "model settings: center_radius: expected 0.5 strides or more, below which objects lie "
             f"between locations, got {config.center_radius}"
         )
+    backbone = make_backbone(out_indices=1 + len(limits))  # the last maps: one for each level
     conv: ConvKind = "depthwise" if config.depthwise else "plain"
     neck = Pan(backbone.feature_info.channels(), out_channels=config.neck_channels, conv=conv)
     prototypes = None
@@ -325,20 +327,16 @@ def _build_vovdet(backbone: VoVNetFeatures, config: VovDetConfig) -> VovDet:
 @dataclass(frozen=True, slots=True)
 class _Family:
     task: Task
-    out_indices: tuple[int, ...]  # of the backbone's maps
-    build: Callable[[VoVNetFeatures, Any], nn.Module]
+    build: Callable[[_MakeBackbone, Any], nn.Module]
 
 
-_STAGES_3_TO_4 = (2, 3)
-_STAGES_3_TO_5 = (2, 3, 4)
-_STAGES_2_TO_5 = (1, 2, 3, 4)
 _FAMILIES: dict[type[DetectorConfig], _Family] = {
-    FCOSConfig: _Family("detect", _STAGES_3_TO_5, _build_fcos),
-    CenterMaskConfig: _Family("segment", _STAGES_3_TO_5, _build_centermask),
-    RCNNConfig: _Family("detect", _STAGES_2_TO_5, _build_faster_rcnn),
-    MaskRCNNConfig: _Family("segment", _STAGES_2_TO_5, _build_mask_rcnn),
-    RefineDetConfig: _Family("detect", _STAGES_3_TO_5, _build_refinedet),
-    DSODConfig: _Family("detect", _STAGES_3_TO_4, _build_dsod),
-    VovDetConfig: _Family("detect", _STAGES_3_TO_5, _build_vovdet),
-    VovDetSegConfig: _Family("segment", _STAGES_3_TO_5, _build_vovdet),
+    FCOSConfig: _Family("detect", _build_fcos),
+    CenterMaskConfig: _Family("segment", _build_centermask),
+    RCNNConfig: _Family("detect", _build_faster_rcnn),
+    MaskRCNNConfig: _Family("segment", _build_mask_rcnn),
+    RefineDetConfig: _Family("detect", _build_refinedet),
+    DSODConfig: _Family("detect", _build_dsod),
+    VovDetConfig: _Family("detect", _build_vovdet),
+    VovDetSegConfig: _Family("segment", _build_vovdet),
 }

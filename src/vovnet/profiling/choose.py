@@ -13,8 +13,8 @@ class Candidate:
     """A model folder with what was measured of it here; `time` is of one image."""
 
     name: str
-    accuracy: Accuracy | None
-    time: Timings | None
+    accuracy: Accuracy | None = None
+    time: Timings | None = None
     energy: EnergyResult | None = None
     engine: str | None = None
     precision: str | None = None
